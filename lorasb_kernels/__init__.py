@@ -1,0 +1,29 @@
+"""Fused kernels for low-rank adapters around frozen linear layers (LoRA-SB, LoRA-XS).
+
+Public names are imported at first use: `import lorasb_kernels` costs little more than
+`import torch` and needs neither triton, nor transformers, nor a GPU.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "functional": "lorasb_kernels.functional",
+    "init": "lorasb_kernels.init",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    value = module if module.__name__.rpartition(".")[2] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Initializing the adapters: update estimation, truncated SVD, the named methods."""

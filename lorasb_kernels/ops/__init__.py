@@ -1,0 +1,1 @@
+"""Operations: one folder each, holding its public function and its backends."""

@@ -1,0 +1,3 @@
+from lorasb_kernels.ops.expand.api import expand
+
+__all__ = ["expand"]

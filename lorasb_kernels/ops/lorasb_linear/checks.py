@@ -1,0 +1,72 @@
+"""Argument checks of `lorasb_linear`: name the argument, what it was, what it should be."""
+
+import math
+
+import torch
+
+MAX_RANK = 512
+
+
+def check_arguments(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout_p) -> None:
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_R": lora_R, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+    _check_shapes(tensors)
+    _check_dtypes(tensors)
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
+        if tensor.requires_grad and name not in ("x", "lora_R"):
+            raise ValueError(
+                f"{name} requires grad; expected it frozen: only x and lora_R have gradients here"
+            )
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling is a {type(scaling).__name__}; expected a float")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling}; expected a finite number")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p is a {type(dropout_p).__name__}; expected a float")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor]) -> None:
+    x, weight, lora_R = tensors["x"], tensors["weight"], tensors["lora_R"]
+    if x.dim() < 1:
+        raise ValueError("x has shape (); expected [..., n]")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [m, n]")
+    if lora_R.dim() != 2 or lora_R.shape[0] != lora_R.shape[1]:
+        raise ValueError(f"lora_R has shape {tuple(lora_R.shape)}; expected [r, r]")
+    m, n = weight.shape
+    r = lora_R.shape[0]
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"lora_R has rank {r}; expected 1 <= r <= {MAX_RANK}")
+    if x.shape[-1] != n:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected a last dimension of {n}, "
+            f"as weight is {tuple(weight.shape)}"
+        )
+    expected = {"lora_A": (r, n), "lora_B": (m, r), "bias": (m,)}
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")
+
+
+def _check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
+    dtype = tensors["x"].dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x has dtype {dtype}; expected float16, bfloat16, float32 or float64")
+    for name, tensor in tensors.items():
+        if name == "lora_R":
+            expected = torch.float64 if dtype == torch.float64 else torch.float32
+        else:
+            expected = dtype
+        if tensor.dtype != expected:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}")
+
+
+__all__ = ["MAX_RANK", "check_arguments"]
