@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "functional": "lorasb_kernels.functional",
     "init": "lorasb_kernels.init",
+    "SignMatrix": "lorasb_kernels.init",
 }
 
 __all__ = ["__version__", *_HOME]

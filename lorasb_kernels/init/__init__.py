@@ -1,1 +1,25 @@
 """Initializing the adapters: update estimation, truncated SVD, the named methods."""
+
+import importlib
+
+_HOME = {
+    "SignMatrix": "lorasb_kernels.init.sign_matrix",
+    "TruncatedSVD": "lorasb_kernels.init.svd",
+    "estimate_updates": "lorasb_kernels.init.estimate",
+    "truncated_svd": "lorasb_kernels.init.svd",
+    "truncated_svd_batch": "lorasb_kernels.init.svd",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

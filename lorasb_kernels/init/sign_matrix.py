@@ -1,0 +1,163 @@
+"""A matrix of +1, −1 and 0 in two bits an element.
+
+The sign of a gradient is all that LoRA-SB's initialization needs. `SignMatrix` keeps it
+16 times smaller than fp32 with exact zeros, and multiplies without unpacking it whole.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorasb_kernels.files import write_tensors
+from lorasb_kernels.ops.bitplanes import check_planes, unpack
+from lorasb_kernels.ops.pack_signs import pack_signs
+from lorasb_kernels.ops.sign_matmul import sign_matmul
+
+
+@dataclass(frozen=True, eq=False)
+class SignMatrix:
+    """An [m, n] sign matrix held as bit planes; `.T` is a view.
+
+    Bit j of word k in row i of a plane, least significant first, is element (i, 32k + j);
+    bits past the last column are 0. An element with both bits set stands for a gradient
+    that was not finite: it counts in `nonfinite()` and multiplies as NaN.
+
+    Args:
+        positive: int32 [m, ceil(n/32)], bits set where the element is +1.
+        negative: int32 [m, ceil(n/32)], bits set where the element is −1.
+        columns: n.
+        transposed: this object stands for the [n, m] transpose of what is stored.
+    """
+
+    positive: torch.Tensor
+    negative: torch.Tensor
+    columns: int
+    transposed: bool = False
+
+    __hash__ = None
+
+    def __post_init__(self):
+        check_planes(self.positive, self.negative, self.columns)
+
+    @classmethod
+    def from_dense(cls, dense: torch.Tensor, *, backend: str = "auto") -> "SignMatrix":
+        """The signs of `dense` [m, n], fp32 or fp64; sign(0) is 0."""
+        return cls(*pack_signs(dense, backend=backend), dense.shape[1])
+
+    @property
+    def shape(self) -> torch.Size:
+        stored = (self.positive.shape[0], self.columns)
+        return torch.Size(stored[::-1] if self.transposed else stored)
+
+    @property
+    def T(self) -> "SignMatrix":
+        """The transpose, sharing the planes."""
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positive.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the two planes."""
+        return self.positive.nbytes + self.negative.nbytes
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SignMatrix":
+        """The same matrix on `device`."""
+        positive, negative = (
+            plane.to(device, non_blocking=non_blocking) for plane in (self.positive, self.negative)
+        )
+        return replace(self, positive=positive, negative=negative)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix as a dense floating-point tensor of its shape."""
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
+        dense = unpack(self.positive, self.negative, self.columns).to(dtype)
+        return (dense.T if self.transposed else dense).contiguous()
+
+    def matmul(self, dense: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+        """This matrix [m, n] times `dense` [n, q] fp32, in fp32; see `sign_matmul`."""
+        return sign_matmul(
+            self.positive, self.negative, dense, self.columns, self.transposed, backend=backend
+        )
+
+    def __matmul__(self, dense: torch.Tensor) -> torch.Tensor:
+        return self.matmul(dense)
+
+    def zeros(self) -> int:
+        """How many elements are exactly zero."""
+        return math.prod(self.shape) - _population(self.positive | self.negative)
+
+    def nonfinite(self) -> int:
+        """How many elements come from an accumulator that was NaN or infinite."""
+        return _population(self.positive & self.negative)
+
+    def norm(self) -> float:
+        """Frobenius norm: the square root of the number of non-zeros; NaN if any is."""
+        if self.nonfinite():
+            return math.nan
+        return math.sqrt(_population(self.positive ^ self.negative))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SignMatrix):
+            return NotImplemented
+        if self.shape != other.shape:
+            return False
+        other = other.to(self.device)
+        if self.transposed != other.transposed:
+            other = _stored_transposed(other)
+        return torch.equal(self.positive, other.positive) and torch.equal(
+            self.negative, other.negative
+        )
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"SignMatrix({rows}×{columns}, {self.nbytes} bytes on {self.device})"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the planes as a safetensors file, atomically."""
+        metadata = {"columns": str(self.columns), "transposed": str(int(self.transposed))}
+        write_tensors(path, {"positive": self.positive, "negative": self.negative}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SignMatrix":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a saved sign matrix.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path is {str(path)!r}; expected a saved SignMatrix there")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                planes = [file.get_tensor(name) for name in ("positive", "negative")]
+                metadata = file.metadata() or {}
+            columns, transposed = (int(metadata[key]) for key in ("columns", "transposed"))
+            return cls(*planes, columns, bool(transposed))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path is {str(path)!r}; expected a saved SignMatrix: {error}"
+            ) from error
+
+
+def _stored_transposed(matrix: SignMatrix) -> SignMatrix:
+    """The same matrix stored the other way round: planes of the transpose."""
+    dense = unpack(matrix.positive, matrix.negative, matrix.columns).T
+    return SignMatrix(*pack_signs(dense), dense.shape[1], not matrix.transposed)
+
+
+def _population(words: torch.Tensor) -> int:
+    """Number of set bits, counted in all fields of a word at once."""
+    words = words - (words >> 1 & 0x55555555)
+    words = (words & 0x33333333) + (words >> 2 & 0x33333333)
+    words = words + (words >> 4) & 0x0F0F0F0F
+    return int((words * 0x01010101 >> 24).sum())
+
+
+__all__ = ["SignMatrix"]

@@ -1,0 +1,92 @@
+"""Sign matrices as two bit planes, 2 bits an element.
+
+A plane of an [m, n] matrix is int32 [m, ceil(n/32)]; bit j of word k, counted from the
+least significant, is column 32k + j (the order of a warp's ballot). Bits past the last
+column are 0.
+
+    positive  negative   element
+       1         0         +1
+       0         1         −1
+       0         0          0
+       1         1         not finite
+
+An accumulator that is NaN or infinite sets both bits, so that it never passes for a sign.
+"""
+
+import functools
+
+import torch
+
+WORD = 32
+
+_GATHER = 0x0102040810204080  # moves bit 0 of byte i of an int64 to bit 56 + i, without carries
+
+
+def words(columns: int) -> int:
+    """Words in a row of `columns` elements."""
+    return -(-columns // WORD)
+
+
+def check_planes(positive: torch.Tensor, negative: torch.Tensor, columns: int) -> None:
+    """Raises unless the two are planes of a matrix with `columns` columns."""
+    for name, plane in (("positive", positive), ("negative", negative)):
+        if not isinstance(plane, torch.Tensor):
+            raise TypeError(f"{name} is a {type(plane).__name__}; expected a torch.Tensor")
+        if plane.dtype != torch.int32:
+            raise TypeError(f"{name} has dtype {plane.dtype}; expected int32 bit planes")
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; expected at least 1")
+    if positive.dim() != 2 or positive.shape[1] != words(columns):
+        raise ValueError(
+            f"positive has shape {tuple(positive.shape)}; "
+            f"expected [m, {words(columns)}] for {columns} columns"
+        )
+    if negative.shape != positive.shape:
+        raise ValueError(
+            f"negative has shape {tuple(negative.shape)}; "
+            f"expected {tuple(positive.shape)}, that of positive"
+        )
+    if negative.device != positive.device:
+        raise ValueError(
+            f"negative is on {negative.device}; expected {positive.device}, where positive is"
+        )
+
+
+def pack(bits: torch.Tensor) -> torch.Tensor:
+    """bool [m, n] to one plane, int32 [m, words(n)]."""
+    m, n = bits.shape
+    padded = bits.new_zeros(m, words(n) * WORD)
+    padded[:, :n] = bits
+    groups = padded.view(torch.int64)  # eight elements, one a byte
+    return (groups * _GATHER >> 56).to(torch.uint8).view(torch.int32)
+
+
+def signs_of(acc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two planes of the signs of `acc` [m, n]."""
+    bad = ~acc.isfinite()
+    return pack((acc > 0) | bad), pack((acc < 0) | bad)
+
+
+@functools.cache
+def _elements_of_byte_pair(device: torch.device) -> torch.Tensor:
+    """fp32 [65536, 8]: the elements that a byte of each plane holds, 2 MB."""
+    pair = torch.arange(1 << 16, device=device)[:, None]
+    bit = torch.arange(8, device=device)
+    positive, negative = pair >> bit & 1, pair >> (bit + 8) & 1
+    elements = (positive - negative).float()
+    return elements.masked_fill_((positive & negative).bool(), torch.nan)
+
+
+def unpack(positive: torch.Tensor, negative: torch.Tensor, columns: int) -> torch.Tensor:
+    """fp32 [m, columns] of +1, −1, 0, and NaN where both bits are set.
+
+    One table row gives eight elements: several times the speed of shifting bits apart.
+    """
+    low = positive.contiguous().view(torch.uint8).to(torch.int32)
+    high = negative.contiguous().view(torch.uint8).to(torch.int32)
+    pairs = (low | high << 8).view(-1)
+    elements = _elements_of_byte_pair(positive.device).index_select(0, pairs)
+    return elements.view(positive.shape[0], -1)[:, :columns]
+
+
+__all__ = ["WORD", "check_planes", "pack", "signs_of", "unpack", "words"]
