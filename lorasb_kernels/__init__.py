@@ -12,6 +12,13 @@ _HOME = {
     "functional": "lorasb_kernels.functional",
     "init": "lorasb_kernels.init",
     "SignMatrix": "lorasb_kernels.init",
+    "LoRASBConfig": "lorasb_kernels.config",
+    "LoRASBLinear": "lorasb_kernels.nn",
+    "adapt": "lorasb_kernels.adaptation",
+    "describe": "lorasb_kernels.description",
+    "load_adapter": "lorasb_kernels.checkpoint",
+    "merge_and_unload": "lorasb_kernels.adaptation",
+    "save_adapter": "lorasb_kernels.checkpoint",
 }
 
 __all__ = ["__version__", *_HOME]

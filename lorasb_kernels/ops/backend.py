@@ -6,7 +6,7 @@ A backend that is named and cannot run raises; only `auto` chooses.
 """
 
 import functools
-import importlib.util
+import importlib
 import os
 
 import torch
@@ -29,8 +29,12 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_obstacle() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
 
 
 def _gpu_obstacle(device: torch.device) -> str | None:
@@ -50,9 +54,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in DTYPES:
         return f"it supports float16, bfloat16 and float32, not {dtype}"
     if backend == "triton":
-        if not _triton_installed():
-            return "triton is not installed"
-        return None if interpreting() else _gpu_obstacle(device)
+        return _triton_obstacle() or (None if interpreting() else _gpu_obstacle(device))
     return extension.obstacle() or _gpu_obstacle(device)
 
 

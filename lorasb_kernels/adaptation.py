@@ -1,0 +1,141 @@
+"""Replacing the linear layers of a model by adapted ones, and back."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.init.methods import initialize
+from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.targets import (
+    adapted_layers,
+    check_adaptable,
+    find_saved_modules,
+    find_targets,
+    refuse_adapted,
+)
+
+
+def adapt(
+    model: nn.Module,
+    config: LoRASBConfig,
+    batches: Iterable | None = None,
+    learning_rate: float | None = None,
+    loss_fn: Callable | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Adapts `model` in place: each target becomes a `LoRASBLinear` over the same weight.
+
+    Afterwards only the `lora_R` of the targets and the parameters of `modules_to_save`
+    require grad. If anything raises, the model is as it was.
+
+    Args:
+        model: the pretrained model.
+        config: what to adapt and how.
+        batches: for `"lora-sb"` and `"noise"`: the samples whose gradients estimate the
+            first update, as batches the model takes (`model(**batch)` with labels), or
+            whatever `loss_fn` takes. The method's default is 1/1000 of the training set.
+        learning_rate: η of `ΔW = −η·sign(gradient)`: the learning rate of the first
+            optimizer step.
+        loss_fn: `loss_fn(model, batch)`, see `lorasb_kernels.init.estimate_updates`.
+        progress: show a progress bar.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a target that is no plain `nn.Linear`.
+        ValueError: nothing matched, a model that is adapted already, shared or meta weights,
+            r > min(m, n), missing batches or learning rate; whatever update estimation raises.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(config, LoRASBConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a LoRASBConfig")
+    refuse_adapted(model)
+    targets = find_targets(model, config.target_modules, config.modules_to_save)
+    check_adaptable(model, targets, config.r)
+    saved = find_saved_modules(model, config.modules_to_save)
+    if config.init in ("lora-sb", "noise"):
+        _check_estimation(config.init, batches, learning_rate)
+    layers = {name: new_layer(linear, config) for name, linear in targets.items()}
+    adapters = initialize(model, targets, config, batches, learning_rate, loss_fn, progress)
+    for name, adapter in adapters:
+        layers[name].set_adapter(adapter.lora_A, adapter.lora_R, adapter.lora_B)
+        layers[name].init_report = adapter.report
+    install(model, layers, saved, config)
+    return model
+
+
+def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
+    """The adapted layer over `linear` that `config` describes, factors not yet set."""
+    return LoRASBLinear.from_linear(
+        linear,
+        config.r,
+        scaling=config.s,
+        dropout_p=config.dropout,
+        backend=config.backend,
+        optimal_gradient=config.optimal_gradient,
+        init=config.init,
+    )
+
+
+def install(
+    model: nn.Module,
+    layers: dict[str, LoRASBLinear],
+    saved: dict[str, nn.Module],
+    config: LoRASBConfig,
+) -> None:
+    """Puts the layers in place and freezes everything but the cores and the saved modules."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.lora_R.requires_grad_(True)
+    for module in saved.values():
+        module.requires_grad_(True)
+    model.lorasb_config = config
+
+
+def _check_estimation(init: str, batches, learning_rate) -> None:
+    if batches is None:
+        raise ValueError(f"batches is None; expected batches, as init={init!r} needs gradients")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
+        raise TypeError(
+            f"learning_rate is {learning_rate!r}; expected a number, as init={init!r} needs η"
+        )
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate is {learning_rate}; expected a finite number > 0")
+
+
+@torch.no_grad()
+def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
+    """Merges every adapter and puts plain `nn.Linear` layers back, in place.
+
+    Args:
+        model: an adapted model.
+        safe_merge: raise, with no weight changed, if a merged weight would not be finite.
+
+    Returns:
+        `model`, without adapters; all of it frozen still but `modules_to_save`.
+
+    Raises:
+        ValueError: the model holds no adapter, or `safe_merge` found a non-finite weight.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model holds no adapter; expected an adapted model")
+    if safe_merge:
+        for name, layer in layers.items():
+            if not (layer.merged or layer.get_delta_weight().isfinite().all()):
+                raise ValueError(f"the adapter of {name} is not finite; nothing was merged")
+    for name, layer in layers.items():
+        layer.merge(safe_merge)
+        model.set_submodule(name, layer.to_linear())
+    del model.lorasb_config
+    return model
+
+
+__all__ = ["adapt", "merge_and_unload"]

@@ -1,0 +1,285 @@
+"""Saving and loading adapters: safetensors and JSON, no pickle.
+
+    lorasb_config.json       the configuration, and the fingerprint of the subspace
+    subspace.safetensors     A and B of every layer, written once per initialization
+    adapter.safetensors      R of every layer (fp32) and the saved modules: what training changes
+
+Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with, and
+`subspace.safetensors` a few elements of each frozen weight, so that an adapter meets neither
+another subspace nor another base model unnoticed. Files are replaced whole; everything is
+checked before the model is touched.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lorasb_kernels.adaptation import install, new_layer
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.files import write_tensors, write_text
+from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.targets import (
+    adapted_layers,
+    check_adaptable,
+    find_saved_modules,
+    find_targets,
+)
+
+CONFIG_FILE = "lorasb_config.json"
+SUBSPACE_FILE = "subspace.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
+FORMAT = "1"
+_PROBE_ELEMENTS = 16
+# The probe is kept in bf16 so that a base loaded in fp32, bf16 or fp16 passes; two roundings.
+_PROBE_TOLERANCE = 2.0**-7
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Writes the adapters of `model` to `directory`.
+
+    A and B are written only when they are not there already.
+
+    Args:
+        model: an adapted model.
+        directory: created if missing.
+
+    Raises:
+        ValueError: the model holds no adapter, or a layer is merged (its R may be stale).
+    """
+    layers = _layers_of(model)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"{merged[0]} is merged; expected unmerge() before saving")
+    directory = Path(directory)
+    fingerprint = subspace_fingerprint(model)
+    if _stored_fingerprint(directory) != fingerprint:
+        write_tensors(
+            directory / SUBSPACE_FILE,
+            _subspace(layers),
+            {"format": FORMAT, "subspace": fingerprint},
+        )
+        record = {
+            "format": FORMAT,
+            "subspace": fingerprint,
+            "base_model": getattr(getattr(model, "config", None), "_name_or_path", None),
+            "config": model.lorasb_config.to_dict(),
+        }
+        write_text(directory / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+    write_tensors(
+        directory / ADAPTER_FILE,
+        trained_tensors(model),
+        {"format": FORMAT, "subspace": fingerprint},
+    )
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Loads the adapters in `directory` into `model`, adapting it first if it is plain.
+
+    Args:
+        model: the base model the adapter was made for, or an adapted one.
+        directory: what `save_adapter` wrote.
+
+    Returns:
+        `model`. If anything raises, it is as it was.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that are damaged, do not belong together, belong to another base
+            model, or whose names, shapes or dtypes do not fit; non-finite values.
+    """
+    directory = Path(directory)
+    record = _read_record(directory / CONFIG_FILE)
+    try:
+        config = LoRASBConfig.from_dict(record["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
+    subspace, subspace_metadata = read_tensors(directory / SUBSPACE_FILE)
+    trained, trained_metadata = read_tensors(directory / ADAPTER_FILE)
+    stated = {
+        CONFIG_FILE: record["subspace"],
+        SUBSPACE_FILE: subspace_metadata.get("subspace"),
+        ADAPTER_FILE: trained_metadata.get("subspace"),
+    }
+    if len(set(stated.values())) != 1:
+        raise ValueError(
+            f"the files in {directory} do not belong together; their subspace fingerprints "
+            f"are {stated}"
+        )
+    existing = adapted_layers(model)
+    if existing:
+        if model.lorasb_config != config:
+            raise ValueError(
+                f"the model is adapted with {model.lorasb_config}; expected {config}, "
+                f"as in {directory}"
+            )
+        layers = existing
+    else:
+        targets = find_targets(model, config.target_modules, config.modules_to_save)
+        check_adaptable(model, targets, config.r)
+        layers = {name: new_layer(linear, config) for name, linear in targets.items()}
+    saved = find_saved_modules(model, config.modules_to_save)
+    _check_tensors(directory / SUBSPACE_FILE, subspace, _subspace(layers))
+    _check_tensors(directory / ADAPTER_FILE, trained, _trained(layers, saved))
+    if fingerprint_of(subspace) != record["subspace"]:
+        raise ValueError(f"{directory / SUBSPACE_FILE} is damaged: its fingerprint is another")
+    _check_base(subspace, layers, record.get("base_model"))
+    for name, layer in layers.items():
+        layer.set_adapter(
+            subspace[f"{name}.lora_A"], trained[f"{name}.lora_R"], subspace[f"{name}.lora_B"]
+        )
+    with torch.no_grad():
+        for name, tensor in _saved_tensors(saved).items():
+            tensor.copy_(trained[name])
+    if not existing:
+        install(model, layers, saved, config)
+    return model
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: `<layer>.lora_R` of every layer and the saved modules' tensors."""
+    saved = find_saved_modules(model, model.lorasb_config.modules_to_save)
+    return _trained(_layers_of(model), saved)
+
+
+def subspace_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and the bits of every A and B."""
+    return fingerprint_of(_subspace(_layers_of(model)))
+
+
+def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bits of the `lora_A` and `lora_B` tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(subspace):
+        if not name.endswith((".lora_A", ".lora_B")):
+            continue
+        tensor = subspace[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a file that save_adapter wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
+    layers = adapted_layers(model)
+    if not layers or not hasattr(model, "lorasb_config"):
+        raise ValueError("the model holds no adapter; expected a model that adapt() returned")
+    return layers
+
+
+def _subspace(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A"] = layer.lora_A
+        tensors[f"{name}.lora_B"] = layer.lora_B
+        tensors[f"{name}.weight_probe"] = _probe(layer.weight)
+    return tensors
+
+
+def _probe(weight: torch.Tensor) -> torch.Tensor:
+    """Up to 16 evenly spaced elements of a frozen weight, in bf16."""
+    flat = weight.detach().reshape(-1)
+    step = max(1, flat.numel() // _PROBE_ELEMENTS)
+    return flat[::step][:_PROBE_ELEMENTS].to(torch.bfloat16)
+
+
+def _trained(
+    layers: dict[str, LoRASBLinear], saved: dict[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    cores = {f"{name}.lora_R": layer.lora_R for name, layer in layers.items()}
+    return cores | _saved_tensors(saved)
+
+
+def _saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, module in saved.items()
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+def _stored_fingerprint(directory: Path) -> str | None:
+    """The fingerprint of the subspace in `directory`; None unless its files are whole."""
+    try:
+        record = _read_record(directory / CONFIG_FILE)
+        with safe_open(directory / SUBSPACE_FILE, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (FileNotFoundError, ValueError, SafetensorError, OSError):
+        return None
+    return record["subspace"] if metadata.get("subspace") == record["subspace"] else None
+
+
+def _read_record(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a file that save_adapter wrote")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an adapter record of format {FORMAT}")
+    if not isinstance(record.get("subspace"), str) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path} lacks 'subspace' or 'config'")
+    return record
+
+
+def _check_tensors(
+    path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    if missing or extra:
+        raise ValueError(f"{path}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}; "
+                f"expected {tuple(expected[name].shape)}"
+            )
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"{path}: {name} has dtype {tensor.dtype}; expected {expected[name].dtype}"
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds non-finite values")
+
+
+def _check_base(
+    subspace: dict[str, torch.Tensor], layers: dict[str, LoRASBLinear], base_model: str | None
+) -> None:
+    for name, layer in layers.items():
+        probe = subspace[f"{name}.weight_probe"].float()
+        own = _probe(layer.weight).float().cpu()
+        if ((probe - own).abs() > _PROBE_TOLERANCE * own.abs() + 1e-6).any():
+            raise ValueError(
+                f"the weight of {name} is not the one this adapter was made for; "
+                f"expected the base model {base_model!r}"
+            )
+
+
+__all__ = [
+    "fingerprint_of",
+    "load_adapter",
+    "read_tensors",
+    "save_adapter",
+    "subspace_fingerprint",
+    "trained_tensors",
+]

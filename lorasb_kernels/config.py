@@ -1,0 +1,149 @@
+"""What to adapt and how: `LoRASBConfig`, validated when it is built."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasb_kernels.files import write_text
+
+INITS = ("lora-sb", "lora-xs", "orthogonal", "noise")
+BACKENDS = ("auto", "reference", "triton", "cuda")
+SIGMA_SIDES = ("B", "A")
+
+
+@dataclass(frozen=True)
+class LoRASBConfig:
+    """Configuration of the adapters of one model.
+
+    Args:
+        r: rank, 1 … 512.
+        target_modules: which linear layers to adapt: `"all-linear"` (every `nn.Linear` but
+            the output head), a tuple of name suffixes, or a regular expression that a
+            layer's full name must match.
+        init: `"lora-sb"` (truncated SVD of the sign of the first update, arXiv:2411.19557),
+            `"lora-xs"` (truncated SVD of the weight, arXiv:2405.17604), `"orthogonal"`
+            (random orthonormal A and B, R = 0) or `"noise"` (LoRA-SB's ΔW plus noise).
+        scaling: s of the adapter `s·B·R·A`, finite and not 0.
+        lora_alpha: α; when given, s = α/r and `scaling` must be left alone.
+        dropout: probability that an element of the adapter's input is dropped, in [0, 1).
+        backend: kernels to run, `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
+        optimal_gradient: replace the gradient of R by the optimal one for any full-rank
+            A, B and any s (LoRA-SB theorem 3).
+        modules_to_save: name suffixes of modules trained whole, such as a classification head.
+        share_inputs: fuse sibling layers that read the same input (q, k, v; gate, up).
+        sigma_side: the factor that carries Σ for `"lora-xs"`, `"B"` or `"A"`.
+        core_std: standard deviation of the initial R for `"lora-xs"`.
+        noise_std: standard deviation of the noise added to ΔW for `"noise"`.
+        seed: seed of every random draw of the initialization.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a field outside its range.
+    """
+
+    r: int
+    target_modules: str | tuple[str, ...] = "all-linear"
+    init: str = "lora-sb"
+    scaling: float = 1.0
+    lora_alpha: float | None = None
+    dropout: float = 0.0
+    backend: str = "auto"
+    optimal_gradient: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    share_inputs: bool = False
+    sigma_side: str = "B"
+    core_std: float = 1e-5
+    noise_std: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_types()
+        self._check_ranges()
+
+    @property
+    def s(self) -> float:
+        """The adapter's scaling: α/r when `lora_alpha` is given, else `scaling`."""
+        return self.scaling if self.lora_alpha is None else self.lora_alpha / self.r
+
+    def _check_types(self) -> None:
+        kinds = {"r": int, "seed": int, "init": str, "backend": str, "sigma_side": str}
+        kinds |= dict.fromkeys(("optimal_gradient", "share_inputs"), bool)
+        kinds |= dict.fromkeys(("scaling", "dropout", "core_std", "noise_std"), (int, float))
+        kinds |= {"lora_alpha": (int, float, type(None)), "target_modules": (str, tuple)}
+        kinds |= {"modules_to_save": tuple}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            is_number_given_as_bool = isinstance(value, bool) and kind is not bool
+            if not isinstance(value, kind) or is_number_given_as_bool:
+                expected = kind if isinstance(kind, tuple) else (kind,)
+                names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
+                raise TypeError(f"{name} is {value!r}; expected {names}")
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+                raise TypeError(f"{name} is {value!r}; expected strings in it")
+
+    def _check_ranges(self) -> None:
+        choices = {"init": INITS, "backend": BACKENDS, "sigma_side": SIGMA_SIDES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(repr(choice) for choice in allowed)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {expected}")
+        if not 1 <= self.r <= 512:
+            raise ValueError(f"r is {self.r}; expected 1 <= r <= 512")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; expected at least one name")
+        if self.lora_alpha is not None and self.scaling != 1.0:
+            raise ValueError(
+                f"scaling is {self.scaling} and lora_alpha is {self.lora_alpha}; "
+                "expected one of them, as lora_alpha means a scaling of lora_alpha / r"
+            )
+        if not math.isfinite(self.s) or self.s == 0:
+            name = "scaling" if self.lora_alpha is None else "lora_alpha"
+            raise ValueError(f"{name} is {getattr(self, name)}; expected finite and not 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
+        for name in ("core_std", "noise_std"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number >= 0")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected seed >= 0")
+
+    def to_dict(self) -> dict:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "LoRASBConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown or missing field.
+        """
+        if not isinstance(fields, dict):
+            raise TypeError(f"fields is a {type(fields).__name__}; expected a dict")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}; expected some of {sorted(known)}")
+        if "r" not in fields:
+            raise ValueError("field 'r' is missing")
+        return cls(**fields)
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the configuration to `path`, atomically."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "LoRASBConfig":
+        """Reads what `to_json` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+__all__ = ["INITS", "LoRASBConfig"]

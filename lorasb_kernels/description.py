@@ -1,0 +1,137 @@
+"""What an adapter costs: layers, ranks, trainable and frozen elements, bytes."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.targets import (
+    adapted_layers,
+    check_rank,
+    find_saved_modules,
+    find_targets,
+    refuse_adapted,
+)
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One adapted layer: m×n weight, rank r; counts in elements, sizes in bytes."""
+
+    name: str
+    out_features: int
+    in_features: int
+    r: int
+    trainable: int
+    subspace: int
+    frozen_bytes: int
+    adapter_bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """The adapted layers of a model; `str()` gives a table.
+
+    `other_trainable` counts trainable elements outside the layers (`modules_to_save`),
+    `total` all parameters of the base model.
+    """
+
+    layers: tuple[LayerDescription, ...]
+    other_trainable: int
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """Trainable elements of the cores."""
+        return sum(layer.trainable for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "r", "trainable", "A and B", "frozen MB", "adapter MB")]
+        rows += [
+            (
+                layer.name,
+                f"{layer.out_features}x{layer.in_features}",
+                str(layer.r),
+                f"{layer.trainable:,}",
+                f"{layer.subspace:,}",
+                f"{layer.frozen_bytes / 1e6:.2f}",
+                f"{layer.adapter_bytes / 1e6:.3f}",
+            )
+            for layer in self.layers
+        ]
+        rows.append(
+            (
+                f"{len(self.layers)} layers",
+                "",
+                "",
+                f"{self.trainable:,}",
+                f"{sum(layer.subspace for layer in self.layers):,}",
+                f"{sum(layer.frozen_bytes for layer in self.layers) / 1e6:.2f}",
+                f"{sum(layer.adapter_bytes for layer in self.layers) / 1e6:.3f}",
+            )
+        )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        rule = "-" * max(len(line) for line in lines)
+        share = 100 * (self.trainable + self.other_trainable) / max(self.total, 1)
+        note = (
+            f"trainable: {self.trainable:,} in cores, {self.other_trainable:,} in saved modules; "
+            f"{share:.4f} % of {self.total:,} parameters"
+        )
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
+
+
+def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Description:
+    """Describes the adapters of a model, or those that `config` would give it.
+
+    Args:
+        model: an adapted model, or with `config` a plain one, meta tensors included.
+        config: what `adapt` would be called with.
+
+    Raises:
+        ValueError: neither adapters nor a configuration, or targets that `adapt` refuses.
+    """
+    if config is None:
+        layers = adapted_layers(model)
+        if not layers:
+            raise ValueError("the model holds no adapter; expected one, or a config to plan with")
+        ranks = {name: layer.r for name, layer in layers.items()}
+        cores = {id(layer.lora_R) for layer in layers.values()}
+        other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in cores)
+        total = sum(p.numel() for p in model.parameters() if id(p) not in cores)
+    else:
+        refuse_adapted(model)
+        layers = find_targets(model, config.target_modules, config.modules_to_save)
+        for name, linear in layers.items():
+            check_rank(name, linear, config.r)
+        ranks = dict.fromkeys(layers, config.r)
+        saved = find_saved_modules(model, config.modules_to_save)
+        other = sum(p.numel() for module in saved.values() for p in module.parameters())
+        total = sum(p.numel() for p in model.parameters())
+    described = tuple(_describe_layer(name, layers[name], ranks[name]) for name in layers)
+    return Description(described, other, total)
+
+
+def _describe_layer(name: str, linear: nn.Linear, r: int) -> LayerDescription:
+    m, n = linear.out_features, linear.in_features
+    item = linear.weight.element_size()
+    bias = 0 if linear.bias is None else m
+    return LayerDescription(
+        name=name,
+        out_features=m,
+        in_features=n,
+        r=r,
+        trainable=r * r,
+        subspace=r * (m + n),
+        frozen_bytes=(m * n + bias) * item,
+        adapter_bytes=r * (m + n) * item + r * r * 4,
+    )
+
+
+__all__ = ["Description", "LayerDescription", "describe"]

@@ -1,0 +1,136 @@
+"""The named initializations: from a layer (and its gradient signs) to A, R and B.
+
+lora-sb      ΔW = −η·sign(Σ ∂L/∂W) ≈ U S Vᵀ     B = U, A = Vᵀ, R = S/s       (arXiv:2411.19557)
+lora-xs      W ≈ U S Vᵀ                         B = U S, A = Vᵀ, R ~ N(0, σ²)  (arXiv:2405.17604)
+noise        ΔW + N(0, σ²) ≈ U S Vᵀ             as lora-sb                    (ibid., table 5)
+orthogonal   random orthonormal A and B, R = 0
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.init.estimate import estimate_updates
+from lorasb_kernels.init.sign_matrix import SignMatrix
+from lorasb_kernels.init.svd import SVDReport, truncated_svd
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Initial factors of one layer, fp32: `lora_A` [r, n], `lora_R` [r, r], `lora_B` [m, r].
+
+    `report` is that of the truncated SVD, None where there was none.
+    """
+
+    lora_A: torch.Tensor
+    lora_R: torch.Tensor
+    lora_B: torch.Tensor
+    report: SVDReport | None = None
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one layer, whatever the order in which layers are initialized."""
+    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+
+
+def lora_sb(
+    signs: SignMatrix, r: int, eta: float, scaling: float, generator: torch.Generator
+) -> Adapter:
+    """LoRA-SB: rank-r approximation of the update `−η·signs`, B and A orthonormal.
+
+    Args:
+        signs: sign of the summed gradient, [m, n].
+        r: rank.
+        eta: η, the step of the update.
+        scaling: s.
+        generator: draws the start of the SVD.
+    """
+    svd = truncated_svd(signs, r, generator=generator)
+    return Adapter(svd.V.T, torch.diag(svd.S * (eta / scaling)), -svd.U, svd.report)
+
+
+def noise(
+    signs: SignMatrix,
+    r: int,
+    eta: float,
+    scaling: float,
+    noise_std: float,
+    generator: torch.Generator,
+) -> Adapter:
+    """LoRA-SB's update with N(0, noise_std²) added to each element before the SVD."""
+    noise = torch.randn(signs.shape, generator=generator) * noise_std
+    update = signs.to_dense(torch.float32) * -eta + noise.to(signs.device)
+    svd = truncated_svd(update, r, generator=generator)
+    return Adapter(svd.V.T, torch.diag(svd.S / scaling), svd.U, svd.report)
+
+
+def lora_xs(
+    weight: torch.Tensor, r: int, core_std: float, sigma_side: str, generator: torch.Generator
+) -> Adapter:
+    """LoRA-XS: rank-r SVD of the weight with Σ on B or A; a small random core.
+
+    Args:
+        weight: W, [m, n].
+        r: rank.
+        core_std: standard deviation of R.
+        sigma_side: `"B"` or `"A"`.
+        generator: draws R and the start of the SVD.
+    """
+    svd = truncated_svd(weight.float(), r, generator=generator)
+    core = torch.randn(r, r, generator=generator).to(weight.device) * core_std
+    A, B = svd.V.T, svd.U
+    if sigma_side == "B":
+        B = B * svd.S
+    else:
+        A = A * svd.S[:, None]
+    return Adapter(A, core, B, svd.report)
+
+
+def orthogonal(weight: torch.Tensor, r: int, generator: torch.Generator) -> Adapter:
+    """Random orthonormal A and B, R = 0."""
+    m, n = weight.shape
+    A, B = (torch.linalg.qr(torch.randn(k, r, generator=generator)).Q for k in (n, m))
+    return Adapter(A.T, torch.zeros(r, r), B)
+
+
+def initialize(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    config: LoRASBConfig,
+    batches: Iterable | None,
+    eta: float | None,
+    loss_fn: Callable | None,
+    progress: bool,
+) -> Iterator[tuple[str, Adapter]]:
+    """Yields the name and the initial adapter of each target, in any order.
+
+    The model comes out as it went in. Arguments as for `lorasb_kernels.adapt`.
+    """
+    if config.init in ("lora-sb", "noise"):
+        updates = estimate_updates(
+            model, batches, list(targets), loss_fn=loss_fn, progress=progress
+        )
+        for name, signs in updates:
+            generator = layer_generator(config.seed, name)
+            if config.init == "lora-sb":
+                yield name, lora_sb(signs, config.r, eta, config.s, generator)
+            else:
+                yield (
+                    name,
+                    noise(signs, config.r, eta, config.s, config.noise_std, generator),
+                )
+        return
+    for name, linear in targets.items():
+        generator = layer_generator(config.seed, name)
+        weight = linear.weight.detach()
+        if config.init == "lora-xs":
+            yield name, lora_xs(weight, config.r, config.core_std, config.sigma_side, generator)
+        else:
+            yield name, orthogonal(weight, config.r, generator)
+
+
+__all__ = ["Adapter", "initialize", "lora_sb", "lora_xs", "noise", "orthogonal"]

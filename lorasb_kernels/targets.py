@@ -1,0 +1,185 @@
+"""Finding the linear layers that a configuration means, and refusing what cannot be adapted.
+
+Only looks at the model; nothing is changed.
+"""
+
+import re
+from collections import Counter
+
+import torch
+from torch import nn
+
+from lorasb_kernels.nn import LoRASBLinear
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def matches_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether `name` is one of `suffixes` or ends with `.` and one of them."""
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRASBLinear]:
+    """The adapted layers of `model` by name, in module order."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)
+    }
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raises ValueError if `model` holds an adapter."""
+    already = next(iter(adapted_layers(model)), None)
+    if already is not None:
+        raise ValueError(f"the model is adapted already ({already}); expected a plain model")
+
+
+def find_saved_modules(model: nn.Module, suffixes: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` means; each suffix must match.
+
+    Raises:
+        ValueError: a suffix that matches nothing.
+    """
+    saved = {name: m for name, m in model.named_modules() if matches_suffix(name, suffixes)}
+    for suffix in suffixes:
+        if not any(matches_suffix(name, (suffix,)) for name in saved):
+            raise ValueError(f"modules_to_save: {suffix!r} matches no module of the model")
+    return saved
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Modules outside the base model (language model and classification heads), by identity."""
+    heads = set()
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    if callable(get_output_embeddings):
+        heads.add(id(get_output_embeddings()))
+    body = getattr(model, "base_model", None)
+    if isinstance(body, nn.Module) and body is not model:
+        inside = {id(module) for module in body.modules()}
+        heads |= {id(module) for module in model.modules() if id(module) not in inside}
+    return heads
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | tuple[str, ...],
+    modules_to_save: tuple[str, ...] = (),
+) -> dict[str, nn.Linear]:
+    """The layers to adapt by name, in module order.
+
+    Args:
+        model: any module; meta tensors are fine.
+        target_modules: as in `LoRASBConfig`.
+        modules_to_save: modules trained whole; nothing inside them is a target.
+
+    Raises:
+        ValueError: nothing matched, or a suffix that matches nothing.
+        TypeError: a matched layer of a kind that cannot be adapted.
+    """
+    candidates = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_linear_like(module)
+        and not any(matches_suffix(name[:end], modules_to_save) for end in _prefix_ends(name))
+    }
+    if target_modules == "all-linear":
+        heads = _heads(model)
+        targets = {name: m for name, m in candidates.items() if id(m) not in heads}
+    elif isinstance(target_modules, str):
+        pattern = re.compile(target_modules)
+        targets = {name: m for name, m in candidates.items() if pattern.fullmatch(name)}
+    else:
+        targets = {
+            name: m for name, m in candidates.items() if matches_suffix(name, target_modules)
+        }
+        for suffix in target_modules:
+            if not any(matches_suffix(name, (suffix,)) for name in targets):
+                raise ValueError(_nothing_matched(suffix, candidates))
+    if not targets:
+        raise ValueError(_nothing_matched(target_modules, candidates))
+    for name, module in targets.items():
+        _check_kind(name, module)
+    return targets
+
+
+def _prefix_ends(name: str) -> list[int]:
+    return [match.start() for match in re.finditer(r"\.", name)] + [len(name)]
+
+
+def _nothing_matched(target_modules, candidates: dict[str, nn.Module]) -> str:
+    suffixes = sorted({name.rpartition(".")[2] for name in candidates})
+    return (
+        f"target_modules {target_modules!r} matched no linear layer; "
+        f"the model's linear layers end in {suffixes}"
+    )
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
+    if type(module).__name__ == "Conv1D":
+        raise TypeError(
+            f"{name} is a transformers Conv1D, whose weight is transposed; expected an nn.Linear "
+            "(GPT-2 is not supported)"
+        )
+    if isinstance(module, LoRASBLinear):
+        raise ValueError(f"{name} is adapted already; expected a model without adapters")
+    if type(module) is not nn.Linear:
+        raise TypeError(
+            f"{name} is a {type(module).__module__}.{type(module).__name__}; "
+            "expected a plain nn.Linear"
+        )
+    weight = module.weight
+    if hasattr(module, "parametrizations"):
+        raise TypeError(f"{name} is parametrized; expected a plain weight")
+    if weight.dtype not in FLOAT_DTYPES or type(weight.data) is not torch.Tensor:
+        raise TypeError(
+            f"{name}.weight is a {type(weight.data).__name__} of {weight.dtype}; expected a "
+            "float16, bfloat16 or float32 tensor (quantized and distributed weights are not "
+            "supported)"
+        )
+
+
+def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> None:
+    """Refuses layers that cannot take a rank-r adapter without touching something else.
+
+    Raises:
+        ValueError: meta or shared weights, hooks, or r > min(m, n).
+    """
+    users = Counter(
+        tensor.data_ptr()
+        for module in model.modules()
+        for tensor in module._parameters.values()
+        if tensor is not None and not tensor.is_meta
+    )
+    names = Counter(id(module) for module in targets.values())
+    for name, linear in targets.items():
+        weight = linear.weight
+        if weight.is_meta:
+            raise ValueError(f"{name}.weight is on the meta device; expected a loaded model")
+        if names[id(linear)] > 1 or users[weight.data_ptr()] > 1:
+            raise ValueError(
+                f"{name}.weight is shared with another module (tied weights); adapting it would "
+                "change both. Leave it out of target_modules"
+            )
+        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+            raise ValueError(f"{name} has hooks, which would be lost; expected them added later")
+        check_rank(name, linear, r)
+
+
+def check_rank(name: str, linear: nn.Linear, r: int) -> None:
+    """Raises ValueError unless r ≤ min(m, n)."""
+    limit = min(linear.in_features, linear.out_features)
+    if r > limit:
+        raise ValueError(f"r is {r}; expected r <= {limit} for {name}, which is {linear}")
+
+
+__all__ = [
+    "adapted_layers",
+    "check_adaptable",
+    "check_rank",
+    "find_saved_modules",
+    "find_targets",
+    "refuse_adapted",
+]
