@@ -1,0 +1,1 @@
+"""The reference trainer and the command line, on top of transformers' Trainer."""

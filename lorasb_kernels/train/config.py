@@ -1,0 +1,216 @@
+"""What a training run is: `TrainConfig`, read from a preset, a YAML or JSON file and flags."""
+
+import dataclasses
+import importlib.resources
+import json
+import math
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+TASKS = ("causal-lm", "classification")
+ADAPTER_METHODS = ("lora-sb", "lora-xs")
+PEFT_METHODS = ("lora", "rslora", "pissa", "dora")
+METHODS = (*ADAPTER_METHODS, *PEFT_METHODS, "full")
+SCHEDULES = ("linear", "cosine", "constant")
+BATCHING = ("length-grouped", "packed")
+DTYPES = ("float32", "bfloat16")
+EVALUATIONS = {
+    "causal-lm": ("loss", "numeric", "choice"),
+    "classification": ("accuracy", "matthews", "pearson"),
+}
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what is expected."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a key of the file and a flag of `lorasb train`.
+
+    Raises:
+        ConfigError: at construction, for the first field that cannot be used.
+    """
+
+    model: str  # folder or hub id
+    data: str  # JSONL or CSV: instruction and response, or text and label
+    output_dir: str
+    eval_data: str | None = None  # a file like `data`; None: no evaluation
+    task: str = "causal-lm"
+    method: str = "lora-sb"
+    r: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    lora_alpha: float | None = None  # scaling is α/r; None: 1 for LoRA-SB, else α = r
+    dropout: float = 0.0
+    learning_rate: float = 1e-3
+    schedule: str = "linear"
+    warmup_ratio: float = 0.02
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 16  # samples a device and forward pass
+    accumulation: int = 1  # forward passes a step
+    epochs: float = 1.0
+    max_steps: int | None = None  # takes the place of `epochs`
+    max_length: int = 512  # tokens
+    batching: str = "length-grouped"
+    init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
+    init_minimum: int = 32  # samples, when the share is fewer
+    dtype: str = "float32"  # of the frozen weights; what is trained stays float32
+    gradient_checkpointing: bool = False
+    backend: str = "auto"
+    evaluation: str | None = None  # None: loss or accuracy, by task
+    eval_batch_size: int = 32
+    max_new_tokens: int = 256  # for `evaluation: numeric`
+    save_steps: int = 100  # a checkpoint every so many steps
+    keep_checkpoints: int = 2
+    report_to: tuple[str, ...] = ()  # loggers of transformers' Trainer
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("report_to", "target_modules"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            self._check_type(field.name, field.type)
+        self._one_of("task", TASKS)
+        self._one_of("method", METHODS)
+        self._one_of("schedule", SCHEDULES)
+        self._one_of("batching", BATCHING)
+        self._one_of("dtype", DTYPES)
+        if self.evaluation is None:
+            object.__setattr__(self, "evaluation", EVALUATIONS[self.task][0])
+        self._one_of("evaluation", EVALUATIONS[self.task])
+        if self.batching == "packed" and self.task == "classification":
+            raise ConfigError("batching is 'packed'; classification needs 'length-grouped'")
+        positive = ("r", "learning_rate", "batch_size", "accumulation", "epochs", "max_length")
+        positive += ("init_minimum", "eval_batch_size", "max_new_tokens", "save_steps")
+        for name in (*positive, "keep_checkpoints", "max_steps", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; expected a positive number")
+        for name, upper in (("dropout", 1), ("warmup_ratio", 1), ("weight_decay", math.inf)):
+            if not 0 <= getattr(self, name) < upper:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 ≤ {name} < {upper}")
+        if not 0 < self.init_share <= 1:
+            raise ConfigError(f"init_share is {self.init_share}; expected 0 < init_share ≤ 1")
+
+    def _check_type(self, name: str, annotation: Any) -> None:
+        value = getattr(self, name)
+        members = (
+            typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        )
+        kinds = tuple(typing.get_origin(member) or member for member in members)
+        accepted = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+            raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(
+                f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """The settings by name."""
+    return {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = importlib.resources.files(__package__) / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir())
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Settings of a preset.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"preset is {name!r}; expected one of {', '.join(preset_names())}")
+    file = importlib.resources.files(__package__) / "presets" / f"{name}.yaml"
+    return _parse(file.read_text(encoding="utf-8"), f"preset {name}")
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML or JSON file.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, or a key that is no setting.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config is {str(path)!r}: {error.strerror}") from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    import yaml  # JSON is YAML too
+
+    try:
+        settings = yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is neither YAML nor JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{source} holds {type(settings).__name__}; expected a mapping")
+    check_keys(settings, source)
+    return settings
+
+
+def _loader():
+    """YAML's safe loader, which also reads `1e-4` as a number (YAML 1.1 wants `1.0e-4`)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def check_keys(settings: dict[str, Any], source: str) -> None:
+    """Refuses keys that are no settings.
+
+    Raises:
+        ConfigError: names the unknown keys and the known ones.
+    """
+    known = {*fields(), "preset"}
+    unknown = sorted(map(str, set(settings) - known))
+    if unknown:
+        raise ConfigError(
+            f"{source}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+        )
+
+
+def resolve(*layers: dict[str, Any]) -> TrainConfig:
+    """A configuration from layers of settings, later ones first; a `preset` lies below all.
+
+    Raises:
+        ConfigError: an unknown key, a missing or unusable setting.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        check_keys(layer, "settings")
+        merged |= layer
+    preset = merged.pop("preset", None)
+    if preset is not None:
+        merged = load_preset(preset) | merged
+    required = [name for name, field in fields().items() if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in merged]
+    if missing:
+        raise ConfigError(f"missing {', '.join(missing)}")
+    return TrainConfig(**merged)

@@ -1,0 +1,120 @@
+"""Preparing a model for training: LoRA-SB and LoRA-XS, peft's adapters, or all weights."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lorasb_kernels.train.batching import Collator
+from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
+from lorasb_kernels.train.data import Encoded
+from lorasb_kernels.train.loss import sample_mean_loss
+
+ADAPTER_FOLDER = "adapter"
+
+
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules on top of the base model that have parameters."""
+    body = model.base_model_prefix
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != body and any(True for _ in module.parameters())
+    )
+
+
+def prepare(
+    model: nn.Module,
+    config: TrainConfig,
+    samples: Sequence[Encoded],
+    pad_token_id: int,
+    first_learning_rate: float,
+    progress: bool = True,
+) -> nn.Module:
+    """Makes `model` trainable by `config.method`; LoRA-SB and LoRA-XS start from a saved
+    adapter in `config.output_dir` if there is one, else save theirs there.
+
+    Args:
+        model: the pretrained model.
+        config: the run.
+        samples: the training samples; a share of them estimates LoRA-SB's first update.
+        pad_token_id: of the tokenizer.
+        first_learning_rate: η of LoRA-SB.
+        progress: show progress bars.
+
+    Returns:
+        the model to train; frozen weights in `config.dtype`, trained ones in fp32.
+    """
+    if config.method == "full":
+        return model.float().requires_grad_(True)
+    if config.method not in ADAPTER_METHODS:
+        return _with_peft(model, config)
+
+    from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
+
+    folder = Path(config.output_dir) / ADAPTER_FOLDER
+    if folder.exists():
+        return load_adapter(model, folder)
+    alpha = config.lora_alpha
+    if alpha is None and config.method == "lora-xs":
+        alpha = config.r
+    adapter_config = LoRASBConfig(
+        r=config.r,
+        target_modules=config.target_modules,
+        init=config.method,
+        lora_alpha=alpha,
+        dropout=config.dropout,
+        backend=config.backend,
+        modules_to_save=heads(model) if config.task == "classification" else (),
+        seed=config.seed,
+    )
+    batches = None
+    if config.method == "lora-sb":
+        batches = estimation_batches(config, samples, pad_token_id, _device_of(model))
+    loss_fn = sample_mean_loss if config.task == "causal-lm" else None
+    adapt(model, adapter_config, batches, first_learning_rate, loss_fn, progress)
+    save_adapter(model, folder)
+    return model
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def estimation_batches(
+    config: TrainConfig, samples: Sequence[Encoded], pad_token_id: int, device: torch.device
+) -> Iterable[dict[str, torch.Tensor]]:
+    """The batches that estimate LoRA-SB's first update.
+
+    `init_share` of the samples, but at least `init_minimum`, drawn with the run's seed and
+    sorted by length.
+    """
+    count = min(len(samples), max(config.init_minimum, round(config.init_share * len(samples))))
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
+    drawn = sorted((samples[i] for i in chosen), key=lambda s: -len(s.input_ids))
+    collated = DataLoader(drawn, config.batch_size, collate_fn=Collator(pad_token_id))
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in collated]
+
+
+def _with_peft(model: nn.Module, config: TrainConfig) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"method {config.method!r} needs the package peft: {error}") from error
+
+    targets = config.target_modules
+    adapter = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        lora_dropout=config.dropout,
+        use_rslora=config.method == "rslora",
+        use_dora=config.method == "dora",
+        init_lora_weights="pissa" if config.method == "pissa" else True,
+        task_type="CAUSAL_LM" if config.task == "causal-lm" else "SEQ_CLS",
+    )
+    torch.manual_seed(config.seed)
+    return peft.get_peft_model(model, adapter)

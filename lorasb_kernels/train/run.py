@@ -1,0 +1,228 @@
+"""One training run from its configuration: load, prepare, train, evaluate, save."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorasb_kernels.train.batching import Collator, pack
+from lorasb_kernels.train.config import ADAPTER_METHODS, ConfigError, TrainConfig
+from lorasb_kernels.train.data import (
+    DataError,
+    Example,
+    Labelled,
+    encode_examples,
+    encode_labelled,
+    read_examples,
+    read_labelled,
+)
+from lorasb_kernels.train.evaluation import evaluate
+from lorasb_kernels.train.files import write_json
+from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
+from lorasb_kernels.train.progress import TrainingBar, track
+from lorasb_kernels.train.trainer import (
+    AdapterTrainer,
+    checkpoints,
+    first_learning_rate,
+    training_arguments,
+)
+
+Rows = Sequence[Example] | Sequence[Labelled]
+
+
+@dataclass
+class Result:
+    """What a run came to: `before` and `after` are the metric on the held-out rows."""
+
+    config: TrainConfig
+    trainable: int
+    steps: int
+    before: float | None
+    after: float | None
+    losses: list[tuple[int, float]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """As JSON values; `losses` are (step, loss) pairs."""
+        return vars(self) | {"config": self.config.to_dict()}
+
+
+class Clock:
+    """Adds up the seconds of named phases."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+
+def read(config: TrainConfig, path: str) -> Rows:
+    """The rows of a file, as the task needs them."""
+    if config.task == "causal-lm":
+        return read_examples(path)
+    return read_labelled(path, regression=config.evaluation == "pearson")
+
+
+def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
+    """The pretrained model for the task, in `config.dtype`, and its tokenizer."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    dtype = getattr(torch, config.dtype)
+    torch.manual_seed(config.seed)  # a new classification head is random
+    if config.task == "causal-lm":
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype), tokenizer
+    regression = config.evaluation == "pearson"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        config.model,
+        dtype=dtype,
+        num_labels=1 if regression else max(row.label for row in rows) + 1,
+        problem_type="regression" if regression else "single_label_classification",
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def finetune(
+    config: TrainConfig,
+    train_rows: Rows,
+    eval_rows: Rows = (),
+    *,
+    judge_before: bool = False,
+    callbacks: Sequence = (),
+) -> tuple[nn.Module, object, Result]:
+    """Trains `config.model` on `train_rows`; goes on from the newest checkpoint, if any.
+
+    Args:
+        config: the run; its `output_dir` receives `config.json`, the checkpoints, the
+            trained adapter (or model) and `result.json`.
+        train_rows: what to train on.
+        eval_rows: held-out rows; none: no evaluation.
+        judge_before: evaluate the untrained model as well.
+        callbacks: more callbacks for transformers' Trainer.
+
+    Returns:
+        the trained model, its tokenizer and the result.
+
+    Raises:
+        ConfigError: `output_dir` holds a run with other settings.
+        DataError: no usable training row.
+    """
+    output_dir = Path(config.output_dir)
+    claim(output_dir, config)
+    arguments = training_arguments(config)
+    clock = Clock()
+    with clock.phase("load"):
+        model, tokenizer = load_model(config, train_rows)
+        encode = encode_examples if config.task == "causal-lm" else encode_labelled
+        samples = encode(tokenizer, train_rows, config.max_length)
+        if not samples:
+            raise DataError(f"no training row fits into max_length = {config.max_length} tokens")
+        unpacked = samples
+        if config.batching == "packed":
+            samples = pack(samples, config.max_length)
+    model.to(arguments.device)
+
+    def judge(description: str) -> float | None:
+        if not eval_rows:
+            return None
+        with clock.phase("evaluate"):
+            return evaluate(
+                model,
+                tokenizer,
+                eval_rows,
+                config.evaluation,
+                batch_size=config.eval_batch_size,
+                max_length=config.max_length,
+                max_new_tokens=config.max_new_tokens,
+                progress=track(description) if arguments.process_index == 0 else iter,
+            )
+
+    before = judge(f"{config.evaluation} before") if judge_before else None
+    with clock.phase("initialize"):
+        model = prepare(
+            model,
+            config,
+            unpacked,
+            tokenizer.pad_token_id,
+            first_learning_rate(config, arguments, len(samples)),
+            progress=arguments.process_index == 0,
+        )
+    bars = [TrainingBar(f"train {config.method}")] if arguments.process_index == 0 else []
+    trainer = AdapterTrainer(
+        config,
+        model=model,
+        train_dataset=samples,
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[*bars, *callbacks],
+    )
+    with clock.phase("train"):
+        resume_from = next(iter(reversed(checkpoints(output_dir))), None)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    after = judge(f"{config.evaluation} after")
+    result = Result(
+        config=config,
+        trainable=sum(p.numel() for p in trainer.trained_parameters().values()),
+        steps=trainer.state.global_step,
+        before=before,
+        after=after,
+        losses=[(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log],
+        seconds=clock.seconds,
+    )
+    if arguments.process_index == 0:
+        save(model, tokenizer, config)
+        write_json(output_dir / "result.json", result.to_dict())
+    trainer.accelerator.wait_for_everyone()
+    return model, tokenizer, result
+
+
+def claim(output_dir: Path, config: TrainConfig) -> None:
+    """Writes the settings into the output folder, or checks that they are its settings.
+
+    Raises:
+        ConfigError: the folder belongs to a run with other settings.
+    """
+    path = output_dir / "config.json"
+    if not path.exists():
+        write_json(path, config.to_dict())
+        return
+    import json
+
+    stored, own = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
+    for name in own:
+        if stored.get(name) != own[name]:
+            raise ConfigError(
+                f"{name} is {own[name]!r}, but output_dir {str(output_dir)!r} holds a run with "
+                f"{stored.get(name)!r}; expected the same settings or another output_dir"
+            )
+
+
+def save(model: nn.Module, tokenizer, config: TrainConfig) -> None:
+    """Saves the trained adapter, or for `full` the model, in `output_dir`."""
+    output_dir = Path(config.output_dir)
+    if config.method in ADAPTER_METHODS:
+        from lorasb_kernels import save_adapter
+
+        save_adapter(model, output_dir / ADAPTER_FOLDER)
+    else:
+        name = "model" if config.method == "full" else ADAPTER_FOLDER
+        model.save_pretrained(output_dir / name)
+        tokenizer.save_pretrained(output_dir / name)

@@ -1,0 +1,197 @@
+"""transformers' Trainer, with atomic checkpoints that hold only what is trained.
+
+    output_dir/adapter/              A and B, once (LoRA-SB, LoRA-XS)
+    output_dir/checkpoint-<step>/    trained.safetensors, optimizer, scheduler, RNG, history
+
+A checkpoint is written whole into a folder beside its place and renamed into it, so the
+newest `checkpoint-<step>` is always complete.
+"""
+
+import math
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+from lorasb_kernels.files import write_tensors
+from lorasb_kernels.train.batching import LengthGroupedSampler
+from lorasb_kernels.train.checkpoint_state import load_state, save_state
+from lorasb_kernels.train.config import TrainConfig
+from lorasb_kernels.train.loss import token_losses
+
+STAGING = ".checkpoint"
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The run in transformers' terms."""
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=_scheduler(config.schedule),
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=config.dtype == "bfloat16",
+        activation_checkpointing=config.gradient_checkpointing,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=config.seed,
+        disable_tqdm=True,
+    )
+
+
+def _scheduler(name: str) -> str:
+    return "constant_with_warmup" if name == "constant" else name
+
+
+class AdapterTrainer(Trainer):
+    """Trains what requires grad. Samples are `Encoded`, batches come from `Collator`.
+
+    Args:
+        config: the run.
+        model, train_dataset, data_collator, callbacks: as for transformers' Trainer.
+    """
+
+    def __init__(self, config: TrainConfig, **arguments):
+        super().__init__(args=training_arguments(config), **arguments)
+        self.config = config
+        self.loss_is_scaled_for_ga = config.task == "causal-lm"
+        self._staging: Path | None = None
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the labelled tokens of the whole step (the batch, for classifiers)."""
+        if self.config.task == "classification":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses, _ = token_losses(model, inputs)
+        # Data-parallel training averages gradients; the count is already over all ranks.
+        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(sample.input_ids) for sample in dataset]
+        sampler = LengthGroupedSampler(lengths, samples_per_step(self.args), self.args.seed)
+        self.add_callback(_EpochOfSampler(sampler))
+        return sampler
+
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What training changes, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save_checkpoint(self, model, trial):
+        output_dir = Path(self.args.output_dir)
+        self._staging = output_dir / STAGING
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (written,) = self._staging.iterdir()
+                target = output_dir / written.name
+                shutil.rmtree(target, ignore_errors=True)
+                written.rename(target)
+                self._staging.rmdir()
+                for old in checkpoints(output_dir)[: -self.config.keep_checkpoints]:
+                    shutil.rmtree(old)
+        finally:
+            self._staging = None
+
+    def _get_output_dir(self, trial):
+        return str(self._staging or self.args.output_dir)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            write_tensors(Path(output_dir) / "trained.safetensors", self.trained_parameters())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = load_file(Path(resume_from_checkpoint) / "trained.safetensors")
+        own = self.trained_parameters()
+        if saved.keys() != own.keys():
+            different = sorted(saved.keys() ^ own.keys())
+            raise ValueError(f"{resume_from_checkpoint} trains other parameters: {different[:5]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.args.should_save:
+            save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())
+            save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))
+            self.lr_scheduler.load_state_dict(
+                load_state(Path(checkpoint) / "scheduler.safetensors")
+            )
+
+    def _rng_file(self, folder) -> Path:
+        return Path(folder) / f"rng-{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir):
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002, transformers draws from it
+        state = {
+            "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        save_state(self._rng_file(output_dir), state)
+
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is None or not self._rng_file(checkpoint).exists():
+            return
+        state = load_state(self._rng_file(checkpoint))
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch, also where a resumed data loader hides it from accelerate."""
+
+    def __init__(self, sampler: LengthGroupedSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.sampler.set_epoch(int(state.epoch))
+
+
+def samples_per_step(args: TrainingArguments) -> int:
+    """Samples of one optimizer step, over all devices and forward passes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def first_learning_rate(config: TrainConfig, args: TrainingArguments, samples: int) -> float:
+    """Learning rate of the first optimizer step that moves: the schedule's first above 0."""
+    batches = math.ceil(samples / (args.train_batch_size * args.world_size))
+    steps = math.ceil(config.epochs * math.ceil(batches / config.accumulation))
+    warmup = args.get_warmup_steps(config.max_steps or steps)
+    return config.learning_rate / max(1, warmup)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
