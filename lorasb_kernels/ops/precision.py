@@ -1,4 +1,4 @@
-"""Autocast must not reach inside an operator, whose dtypes its contract fixes."""
+"""The arithmetic of an operator: fixed by its contract, whatever autocast is in force."""
 
 import functools
 from collections.abc import Callable
@@ -17,4 +17,17 @@ def autocast_disabled(function: Callable) -> Callable:
     return wrapper
 
 
-__all__ = ["autocast_disabled"]
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for operands of `dtype`.
+
+    fp32 operands take three tf32 products, about as exact as fp32, unless
+    `torch.backends.cuda.matmul.allow_tf32` (or its successor `fp32_precision`) asks for
+    plain tf32. With 16-bit operands it concerns the fp32 core alone, where tf32 carries
+    more bits than the operands.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "tf32x3"
+    return "tf32"
+
+
+__all__ = ["autocast_disabled", "dot_precision"]

@@ -1,0 +1,167 @@
+"""Frozen product and expansion on the GPU, by one of two routes.
+
+    y = x Wᵀ + drop(p Bᵀ) + bias          [M, N]
+
+fused: one GEMM whose contraction runs on over the rank. Reads x, W, p, B, writes y, once each
+as far as L2 holds the tiles of a group; 2·M·N·(K + r) flops into one accumulator.
+two calls: the vendor's GEMM, then `addmm` with beta = 1 into its output. Reads and writes y a
+second time (4·M·N bytes in 16 bits), yet the first GEMM is as fast as it gets: a GEMM slower
+by 7 % has lost what the fusion saves. With dropout the second call is the kernel below
+without its frozen product, since the mask must fall between the product and the sum.
+
+`choose_route` says which one runs, with which tile and why.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from lorasb_kernels.ops.dropout import keep_threshold
+from lorasb_kernels.ops.expand.route import choose_route
+from lorasb_kernels.ops.kernel_parts import keep_mask, launch_guard
+from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
+from lorasb_kernels.ops.tiles import ExpandTile
+
+GROUP_M = 8
+BLOCK_R = 32
+
+
+@triton.jit
+def expand_kernel(
+    x_ptr,
+    weight_ptr,
+    p_ptr,
+    factor_ptr,
+    bias_ptr,
+    y_ptr,
+    seed_ptr,
+    M,
+    N,
+    K,
+    r,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_fn,
+    stride_fr,
+    keep_scale,
+    threshold,
+    FROZEN_PRODUCT: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Grouped order: GROUP_M row tiles use a column tile of the weight while it is in L2.
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    group = tile // (GROUP_M * column_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * column_tiles)
+    row_tile = group * GROUP_M + within % group_rows
+    column_tile = within // group_rows
+
+    rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    columns = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    row_mask = (rows < M)[:, None]
+    column_mask = (columns < N)[None, :]
+
+    # The rank comes first: the mask falls on an accumulator that holds nothing else yet.
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, r, BLOCK_R):
+        ranks = k + tl.arange(0, BLOCK_R)
+        p_ptrs = p_ptr + rows[:, None] * r + ranks[None, :]
+        p = tl.load(p_ptrs, mask=row_mask & (ranks < r)[None, :], other=0.0)
+        factor_ptrs = (
+            factor_ptr + columns[None, :] * stride_fn + ranks.to(tl.int64)[:, None] * stride_fr
+        )
+        factor = tl.load(factor_ptrs, mask=(ranks < r)[:, None] & column_mask, other=0.0)
+        acc = tl.dot(p, factor, acc, input_precision=PRECISION)
+    if DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), rows, columns, N, threshold)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+
+    y_ptrs = y_ptr + rows[:, None] * N + columns[None, :]
+    if FROZEN_PRODUCT:
+        ks = tl.arange(0, BLOCK_K).to(tl.int64)
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xk
+        weight_ptrs = weight_ptr + columns[None, :] * stride_wn + ks[:, None] * stride_wk
+        for k in range(0, K, BLOCK_K):
+            in_row = k + tl.arange(0, BLOCK_K) < K
+            x = tl.load(x_ptrs, mask=row_mask & in_row[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=in_row[:, None] & column_mask, other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+            weight_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
+    else:
+        acc += tl.load(y_ptrs, mask=row_mask & column_mask, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
+
+
+def fused_expand(x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile) -> torch.Tensor:
+    """`expand` in one launch."""
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product=True)
+    return y
+
+
+def two_call_expand(x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile) -> torch.Tensor:
+    """`expand` as `linear`, then the expansion added in place; `tile` serves dropout alone."""
+    y = F.linear(x, weight, bias)
+    if dropout_p == 0:
+        return y.addmm_(p, factor.T)
+    _launch(None, None, p, factor, None, y, dropout_p, seed, tile, frozen_product=False)
+    return y
+
+
+def _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product):
+    M, N = y.shape
+    if M == 0:
+        return
+    tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    with launch_guard(y):
+        expand_kernel[(tiles,)](
+            x,
+            weight,
+            p.contiguous(),
+            factor,
+            None if bias is None else bias.contiguous(),
+            y,
+            seed,
+            M,
+            N,
+            x.shape[1] if frozen_product else 0,
+            p.shape[1],
+            *(x.stride() if frozen_product else (0, 0)),
+            *(weight.stride() if frozen_product else (0, 0)),
+            *factor.stride(),
+            1 / (1 - dropout_p),
+            keep_threshold(dropout_p),
+            FROZEN_PRODUCT=frozen_product,
+            BIAS=bias is not None,
+            DROPOUT=dropout_p > 0,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=GROUP_M,
+            PRECISION=dot_precision(y.dtype),
+            **tile.launch_options(),
+        )
+
+
+@autocast_disabled
+def expand(x, weight, p, factor, bias, dropout_p, seed):
+    route = choose_route(x, weight, p.shape[1], dropout_p > 0)
+    run = fused_expand if route.name == "fused" else two_call_expand
+    return run(x, weight, p, factor, bias, dropout_p, seed, route.tile)
+
+
+__all__ = ["expand", "expand_kernel", "fused_expand", "two_call_expand"]

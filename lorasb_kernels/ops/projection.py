@@ -1,0 +1,221 @@
+"""The kernel shared by `shrink` and `core_backward`: project onto the rank, apply the core.
+
+    h = drop(x) Aᵀ          [M, r]
+    p = s · h Rᵀ            [M, r]
+
+`shrink` runs it on (x, A, R). `core_backward` runs it on (dy, Bᵀ, Rᵀ), where it yields
+g = dy B and q = s · g R: the same single pass over one big operand.
+
+Reads x once (M·n elements); A is read from L2 by every row tile. Writes h and p.
+2·M·r·(n + r) flops, about r for each byte in 16 bits: memory bound up to ranks of 100 to 300.
+
+* A row tile keeps all of `h` on chip as a tuple of [BLOCK_M, BLOCK_R] accumulators. A rank of
+  96 costs 96, three tiles of 32, where one tile would cost 128.
+* The core takes `h` from those accumulators, before it is rounded, and `R` in fp32.
+* With few rows the columns of x are split over blocks. Each stores its partial `h`; the block
+  that arrives last adds the partials in the order of their index and finishes. The order of
+  arrival decides who adds, not what is added: the same bits on every run, in one launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lorasb_kernels.ops.dropout import keep_threshold
+from lorasb_kernels.ops.kernel_parts import arrives_last, keep_mask, launch_guard
+from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.tiles import architecture, column_splits, projection_tile, rank_tiles
+
+
+@triton.jit
+def projection_kernel(
+    x_ptr,
+    a_ptr,
+    r_ptr,
+    h_ptr,
+    p_ptr,
+    partial_ptr,
+    arrived_ptr,
+    seed_ptr,
+    M,
+    n,
+    r,
+    stride_xm,
+    stride_xn,
+    stride_ar,
+    stride_an,
+    stride_rj,
+    stride_ri,
+    splits,
+    columns_per_split,
+    scaling,
+    keep_scale,
+    threshold,
+    DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RANK_TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_tile = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_mask = rows < M
+    ranks = tl.arange(0, BLOCK_R)
+    offsets_k = tl.arange(0, BLOCK_K)
+    first = split * columns_per_split
+    last = tl.minimum(first + columns_per_split, n)
+    columns = (first + offsets_k).to(tl.int64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xn
+    a_ptrs = a_ptr + columns[:, None] * stride_an + ranks.to(tl.int64)[None, :] * stride_ar
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    h = ()
+    for _ in tl.static_range(RANK_TILES):
+        h += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
+    for k in range(first, last, BLOCK_K):
+        columns = k + offsets_k
+        in_row = columns < last
+        x = tl.load(x_ptrs, mask=row_mask[:, None] & in_row[None, :], other=0.0)
+        if DROPOUT:
+            keep = keep_mask(seed, rows, columns, n, threshold)
+            x = tl.where(keep, x, 0.0)
+        summed = ()
+        for i in tl.static_range(RANK_TILES):
+            in_rank = ranks < r - i * BLOCK_R
+            a = tl.load(
+                a_ptrs + i * BLOCK_R * tl.cast(stride_ar, tl.int64),
+                mask=in_row[:, None] & in_rank[None, :],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_R]
+            summed += (tl.dot(x, a, h[i], input_precision=PRECISION),)
+        h = summed
+        x_ptrs += BLOCK_K * tl.cast(stride_xn, tl.int64)
+        a_ptrs += BLOCK_K * tl.cast(stride_an, tl.int64)
+
+    if SPLIT:
+        width = RANK_TILES * BLOCK_R
+        stride_split = tl.cast(M, tl.int64) * width
+        partial_ptrs = partial_ptr + rows[:, None] * width + ranks[None, :]
+        for i in tl.static_range(RANK_TILES):
+            tl.store(
+                partial_ptrs + split * stride_split + i * BLOCK_R, h[i], mask=row_mask[:, None]
+            )
+        if not arrives_last(arrived_ptr + row_tile, splits):
+            return
+        h = ()
+        for _ in tl.static_range(RANK_TILES):
+            h += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
+        for _ in range(splits):
+            summed = ()
+            for i in tl.static_range(RANK_TILES):
+                partial = tl.load(
+                    partial_ptrs + i * BLOCK_R,
+                    mask=row_mask[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                summed += (h[i] + partial,)
+            h = summed
+            partial_ptrs += stride_split
+
+    finished = ()
+    for i in tl.static_range(RANK_TILES):
+        # A padding column of A is zero, yet 0 · Inf is not.
+        in_rank = ranks < r - i * BLOCK_R
+        column = tl.where(in_rank[None, :], h[i], 0.0)
+        if DROPOUT:
+            column *= keep_scale
+        finished += (column,)
+    out = rows[:, None] * r + ranks[None, :]
+    for i in tl.static_range(RANK_TILES):
+        in_rank = ranks < r - i * BLOCK_R
+        tl.store(
+            h_ptr + out + i * BLOCK_R,
+            finished[i].to(h_ptr.dtype.element_ty),
+            mask=row_mask[:, None] & in_rank[None, :],
+        )
+    for j in tl.range(RANK_TILES, num_stages=1):
+        out_ranks = j * BLOCK_R + ranks
+        p = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for i in tl.static_range(RANK_TILES):
+            in_ranks = i * BLOCK_R + ranks
+            core = tl.load(
+                r_ptr + in_ranks[:, None] * stride_ri + out_ranks[None, :] * stride_rj,
+                mask=(in_ranks < r)[:, None] & (out_ranks < r)[None, :],
+                other=0.0,
+            )  # [BLOCK_R (in), BLOCK_R (out)]
+            p = tl.dot(finished[i], core, p, input_precision=PRECISION)
+        tl.store(
+            p_ptr + out + j * BLOCK_R,
+            (p * scaling).to(p_ptr.dtype.element_ty),
+            mask=row_mask[:, None] & (out_ranks < r)[None, :],
+        )
+
+
+def project(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    core: torch.Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns h = drop(x) aᵀ and p = s · h coreᵀ, both [M, r] in the dtype of `x`.
+
+    Args:
+        x: [M, n], any strides; vector loads want the last dimension contiguous.
+        a: [r, n], dtype of `x`, any strides.
+        core: [r, r], fp32, any strides.
+        scaling, dropout_p, seed: as in `shrink`.
+    """
+    M, n = x.shape
+    r = a.shape[0]
+    h, p = x.new_empty((M, r)), x.new_empty((M, r))
+    if M == 0:
+        return h, p
+    tile = projection_tile(architecture(x.device), x.dtype, r)
+    block_r, tiles = rank_tiles(r)
+    row_tiles = triton.cdiv(M, tile.BLOCK_M)
+    splits, columns_per_split = column_splits(row_tiles, n, tile, x.device)
+    partial = arrived = None
+    if splits > 1:
+        partial = torch.empty((splits, M, tiles * block_r), dtype=torch.float32, device=x.device)
+        # Zeroed at each call, not kept: a counter shared by calls would tie together the
+        # streams and the CUDA graphs that they run in.
+        arrived = torch.zeros(row_tiles, dtype=torch.int32, device=x.device)
+    with launch_guard(x):
+        projection_kernel[(row_tiles * splits,)](
+            x,
+            a,
+            core,
+            h,
+            p,
+            partial,
+            arrived,
+            seed,
+            M,
+            n,
+            r,
+            *x.stride(),
+            *a.stride(),
+            *core.stride(),
+            splits,
+            columns_per_split,
+            scaling,
+            1 / (1 - dropout_p),
+            keep_threshold(dropout_p),
+            DROPOUT=dropout_p > 0,
+            SPLIT=splits > 1,
+            RANK_TILES=tiles,
+            BLOCK_R=block_r,
+            PRECISION=dot_precision(x.dtype),
+            **tile.launch_options(),
+        )
+    return h, p
+
+
+__all__ = ["project", "projection_kernel"]

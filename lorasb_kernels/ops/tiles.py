@@ -1,0 +1,222 @@
+"""Tile sizes of the Triton kernels by architecture, and the reasons for them.
+
+Not measured: reasoned from shared memory, registers and the bytes a block keeps in flight,
+and checked by ahead-of-time compilation (no spill, `docs/kernel_resources.md`). What has
+been measured on a device is a tuning file's to say, see `ops/expand/route.py`.
+
+Limits, a block and a multiprocessor:
+
+            shared memory/block   registers/SM   SMs                  bandwidth
+    sm_80        163 KB              65536       108 (A100)           1555 to 2039 GB/s
+    sm_86         99 KB              65536        84 (RTX A6000)       768 GB/s
+    sm_89         99 KB              65536       128 or more (Ada)    1008 GB/s (RTX 4090)
+    sm_90        227 KB              65536       132 (H100)           3350 GB/s
+
+Projection. Memory bound: what counts is bytes of x in flight. By Little's law (latency about
+0.8 µs) a multiprocessor needs 7 KB in flight on an A6000, 15 KB on an A100, 20 KB on an H100.
+A stage of 64 rows × 64 columns of 16 bits is 8 KB, and two of them load while one is used;
+sm_90 has room for 128 columns. The accumulators of a row tile, BLOCK_M · r fp32 numbers,
+share the register file with two operands, so they get at most 128 registers a thread:
+BLOCK_M falls from 64 to 32 as the rank grows to 512. fp32 operands are twice as wide and
+three tf32 products keep a high and a low part of each: half the tile.
+
+Expand. A GEMM: the tile sets the flops per byte of shared-memory traffic. 128×128 with 8 warps
+takes 64 accumulator registers a thread and 186 in all; with 4 warps it is at the limit of
+255. Two stages of 128×64 + 128×64 in 16 bits are 64 KB, within sm_86's 99 KB, one block an SM.
+sm_80 has room for a third. sm_90 reads operands of wgmma from shared memory, so the freed
+registers go to a 128×256 tile: 192 KB in four stages.
+A dropout mask costs about 60 registers of 64-bit arithmetic while the second term is masked:
+64-row tiles there.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+RANK_TILE_WIDTHS = (64, 32)
+INTERPRETER = "interpreter"
+_INTERPRETER_SMS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Block sizes and launch options of one kernel."""
+
+    num_warps: int
+    num_stages: int
+
+    def launch_options(self) -> dict[str, int]:
+        """Keyword arguments of a launch: the fields by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionTile(Tile):
+    """A block takes BLOCK_M rows and reads them BLOCK_K columns at a time."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientTile(Tile):
+    """A block reads BLOCK_M rows at a time."""
+
+    BLOCK_M: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandTile(Tile):
+    """A block makes a BLOCK_M × BLOCK_N tile of the output, BLOCK_K of the contraction a step."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+
+
+def rank_tiles(r: int) -> tuple[int, int]:
+    """Width and number of the tiles that hold a rank: the widest that pad no further than
+    to a multiple of 32 (of 16 for ranks up to 16)."""
+    if r <= 16:
+        return 16, 1
+    padded = -(-r // 32) * 32
+    width = next(width for width in RANK_TILE_WIDTHS if padded % width == 0)
+    return width, padded // width
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """`"sm_86"` and so on, of the nearest table at or below the device's capability."""
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [arch for arch in ARCHITECTURES if int(arch[3:]) <= 10 * major + minor]
+    return known[-1]
+
+
+def projection_tile(arch: str, dtype: torch.dtype, r: int) -> ProjectionTile:
+    """The tile of the projection kernel for a rank; padded ranks bound each row of the table."""
+    padded = rank_tiles(r)[0] * rank_tiles(r)[1]
+    for largest, tile in PROJECTION_TILES[arch][dtype.itemsize].items():
+        if padded <= largest:
+            return tile
+    raise ValueError(f"r is {r}; expected at most {largest}")
+
+
+def gradient_tile(arch: str, dtype: torch.dtype) -> GradientTile:
+    """The tile of the gradient kernel."""
+    return GRADIENT_TILES[arch][dtype.itemsize]
+
+
+def expand_tile(arch: str, dtype: torch.dtype, dropout: bool) -> ExpandTile:
+    """The tile of the expand kernel where none has been measured."""
+    tiles = MASKED_EXPAND_TILES if dropout else EXPAND_TILES
+    return tiles[arch][dtype.itemsize]
+
+
+def column_splits(row_tiles: int, n: int, tile: ProjectionTile, device: torch.device):
+    """How many blocks share a row tile of the projection, and how many columns each takes.
+
+    As many as fill the device once, of at least two steps each. Depends on the shape and
+    the device alone.
+    """
+    steps = -(-n // tile.BLOCK_K)
+    splits = max(1, min(_multiprocessors(device) // row_tiles, steps // 2))
+    steps_per_split = -(-steps // splits)
+    return -(-steps // steps_per_split), steps_per_split * tile.BLOCK_K
+
+
+def row_splits(M: int, tile: GradientTile) -> tuple[int, int]:
+    """How many blocks share a tile of dR, and how many rows each takes.
+
+    At least eight steps a block and at most 32 blocks: the last one reads as many partials.
+    Depends on M alone.
+    """
+    steps = -(-M // tile.BLOCK_M)
+    splits = max(1, min(32, steps // 8))
+    steps_per_split = -(-steps // splits)
+    return -(-steps // steps_per_split), steps_per_split * tile.BLOCK_M
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _by_itemsize(half, single):
+    return {2: half, 4: single}
+
+
+_AMPERE_PROJECTION = _by_itemsize(
+    {
+        64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4),
+        128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
+        512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=2),
+    },
+    {
+        64: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=4),
+        128: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
+        256: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=3),
+        512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=2),
+    },
+)
+_HOPPER_PROJECTION = _by_itemsize(
+    {
+        128: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
+        256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
+        512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
+    },
+    _AMPERE_PROJECTION[4],
+)
+_INTERPRETER_PROJECTION = {512: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=2)}
+PROJECTION_TILES = {
+    INTERPRETER: _by_itemsize(_INTERPRETER_PROJECTION, _INTERPRETER_PROJECTION),
+    "sm_80": _AMPERE_PROJECTION,
+    "sm_86": _AMPERE_PROJECTION,
+    "sm_89": _AMPERE_PROJECTION,
+    "sm_90": _HOPPER_PROJECTION,
+}
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+_GRADIENT = _by_itemsize(
+    GradientTile(BLOCK_M=64, num_warps=4, num_stages=4),
+    GradientTile(BLOCK_M=32, num_warps=4, num_stages=3),
+)
+_INTERPRETER_GRADIENT = GradientTile(BLOCK_M=16, num_warps=4, num_stages=2)
+GRADIENT_TILES = {
+    INTERPRETER: _by_itemsize(_INTERPRETER_GRADIENT, _INTERPRETER_GRADIENT),
+    **dict.fromkeys(ARCHITECTURES, _GRADIENT),
+}
+
+_INTERPRETER_EXPAND = ExpandTile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2)
+_SINGLE_EXPAND = ExpandTile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
+EXPAND_TILES = {
+    INTERPRETER: _by_itemsize(_INTERPRETER_EXPAND, _INTERPRETER_EXPAND),
+    "sm_80": _by_itemsize(ExpandTile(8, 4, 128, 128, 64), _SINGLE_EXPAND),
+    "sm_86": _by_itemsize(ExpandTile(8, 3, 128, 128, 64), _SINGLE_EXPAND),
+    "sm_89": _by_itemsize(ExpandTile(8, 3, 128, 128, 64), _SINGLE_EXPAND),
+    "sm_90": _by_itemsize(ExpandTile(8, 4, 128, 256, 64), _SINGLE_EXPAND),
+}
+_MASKED_EXPAND = _by_itemsize(ExpandTile(8, 3, 64, 128, 64), _SINGLE_EXPAND)
+MASKED_EXPAND_TILES = {
+    INTERPRETER: EXPAND_TILES[INTERPRETER],
+    **dict.fromkeys(ARCHITECTURES, _MASKED_EXPAND),
+}
+
+__all__ = [
+    "ARCHITECTURES",
+    "ExpandTile",
+    "GradientTile",
+    "ProjectionTile",
+    "architecture",
+    "column_splits",
+    "expand_tile",
+    "gradient_tile",
+    "projection_tile",
+    "rank_tiles",
+    "row_splits",
+]
