@@ -1,0 +1,119 @@
+"""One call of a block on one micro-batch: recorded now, replayed with gradients later."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from lorasb_kernels.init.boundary_store import BoundaryStore
+from lorasb_kernels.init.ranks import FallBack
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size, slice)
+
+
+class _Boundary(torch.autograd.Function):
+    """Identity on a block's output; gradients end here and stay with the call."""
+
+    @staticmethod
+    def forward(ctx, output, root, call, index):
+        ctx.call, ctx.index = call, index
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.call.receive(ctx.index, gradient)
+        return None, None, None, None
+
+
+class BlockCall:
+    """A block's inputs, how they hang together with earlier calls, and its output gradients.
+
+    Args:
+        name: the block's name.
+        forward: its forward.
+        args, kwargs: what it is called with.
+        store: keeps the input tensors.
+
+    Raises:
+        FallBack: an input that is neither a tensor nor a plain value, such as a cache: a
+            second call might see another state of it.
+    """
+
+    def __init__(
+        self, name: str, forward: Callable, args: tuple, kwargs: dict, store: BoundaryStore
+    ):
+        self.name, self._forward = name, forward
+        leaves, self._structure = pytree.tree_flatten((args, kwargs))
+        for leaf in leaves:
+            if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+                raise FallBack(f"block {name} takes a {type(leaf).__name__}")
+        self._inputs = [store.keep(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        # Edges name the place in the graph of earlier calls without holding their data.
+        self._edges = [
+            get_gradient_edge(x) if isinstance(x, torch.Tensor) and x.requires_grad else None
+            for x in leaves
+        ]
+        self._gradients: dict[int, torch.Tensor] = {}
+        self._norms: dict[int, torch.Tensor] = {}
+
+    def first_run(self, args: tuple, kwargs: dict) -> Any:
+        """The block's outputs, those with gradients cut off from what led to them.
+
+        The block's graph says which outputs have gradients; what it would save for its
+        backward is dropped at once.
+        """
+        with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+            outputs, structure = pytree.tree_flatten(self._forward(*args, **kwargs))
+        for index, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                self._norms[index] = _norm(output)
+                root = torch.zeros((), device=output.device, requires_grad=True)
+                outputs[index] = _Boundary.apply(output.detach(), root, self, index)
+        return pytree.tree_unflatten(outputs, structure)
+
+    def receive(self, index: int, gradient: torch.Tensor) -> None:
+        """Adds to the gradient of output `index`."""
+        held = self._gradients.get(index)
+        self._gradients[index] = gradient if held is None else held + gradient
+
+    def prefetch(self) -> None:
+        """Starts to fetch inputs that wait in host memory."""
+        for kept in self._inputs:
+            if not isinstance(kept, _PLAIN):
+                kept.prefetch()
+
+    def replay(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Runs the block again, with gradients, and passes its input gradients on.
+
+        Returns the norm of each output that has gradients, in the first run and in this one.
+        """
+        if not self._gradients:
+            return []
+        leaves = [
+            kept if isinstance(kept, _PLAIN) else kept.get().requires_grad_(edge is not None)
+            for kept, edge in zip(self._inputs, self._edges, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        outputs = pytree.tree_leaves(self._forward(*args, **kwargs))
+        indices = list(self._gradients)
+        torch.autograd.backward(
+            [outputs[index] for index in indices], [self._gradients[index] for index in indices]
+        )
+        passed_on = [
+            (edge, leaf.grad)
+            for edge, leaf in zip(self._edges, leaves, strict=True)
+            if edge is not None and leaf.grad is not None
+        ]
+        if passed_on:
+            torch.autograd.backward(*zip(*passed_on, strict=True), retain_graph=True)
+        return [(norm, _norm(outputs[index])) for index, norm in self._norms.items()]
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor.detach(), dtype=dtype)
+
+
+__all__ = ["BlockCall"]

@@ -1,0 +1,97 @@
+"""Keeps the inputs of blocks between the recording and the replay of `layerwise`.
+
+Tensors stay on their device up to a budget of bytes; beyond it they go to pinned host
+memory, copied out and in on a stream of their own while the device computes.
+"""
+
+import weakref
+
+import torch
+
+from lorasb_kernels.init.ranks import FallBack
+
+
+class Kept:
+    """A tensor that stays on its device."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def prefetch(self) -> None: ...
+
+    def get(self) -> torch.Tensor:
+        """The tensor, detached.
+
+        Raises:
+            FallBack: it was changed in place meanwhile.
+        """
+        if self._tensor._version != self._version:
+            raise FallBack("a block's input was changed in place")
+        return self._tensor.detach()
+
+
+class Offloaded:
+    """A CUDA tensor that waits in pinned host memory."""
+
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream):
+        tensor = tensor.detach()
+        self._device, self._stream = tensor.device, stream
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        self._fetched: torch.Tensor | None = None
+
+    def prefetch(self) -> None:
+        """Starts the copy back to the device."""
+        if self._fetched is None:
+            with torch.cuda.stream(self._stream):
+                self._fetched = self._host.to(self._device, non_blocking=True)
+
+    def get(self) -> torch.Tensor:
+        """The tensor on its device, for work on the current stream."""
+        self.prefetch()
+        tensor, self._fetched = self._fetched, None
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        tensor.record_stream(current)
+        return tensor
+
+
+class BoundaryStore:
+    """Keeps tensors, each once though many blocks take it (masks, position embeddings).
+
+    Args:
+        budget: bytes that may stay on the device; None for no limit. The host's own
+            tensors stay where they are.
+    """
+
+    def __init__(self, budget: int | None):
+        self._budget, self._used = budget, 0
+        self._known: dict[int, tuple[weakref.ref, Kept | Offloaded]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def keep(self, tensor: torch.Tensor) -> Kept | Offloaded:
+        """A handle to `tensor` as it is now."""
+        reference, kept = self._known.get(id(tensor), (None, None))
+        if reference is None or reference() is not tensor:
+            kept = self._place(tensor)
+            self._known[id(tensor)] = weakref.ref(tensor), kept
+        return kept
+
+    def forget(self) -> None:
+        """Ends the sharing of what was kept so far: its tensors are about to go."""
+        self._known.clear()
+
+    def _place(self, tensor: torch.Tensor) -> Kept | Offloaded:
+        fits = self._budget is None or self._used + tensor.nbytes <= self._budget
+        if fits or tensor.device.type != "cuda":
+            self._used += tensor.nbytes
+            return Kept(tensor)
+        if tensor.device not in self._streams:
+            self._streams[tensor.device] = torch.cuda.Stream(tensor.device)
+        return Offloaded(tensor, self._streams[tensor.device])
+
+
+__all__ = ["BoundaryStore"]

@@ -1,0 +1,125 @@
+"""What the strategies share: the model, the samples, the sums, and the checks of a result."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasb_kernels.init import ranks
+from lorasb_kernels.init.estimation_mode import estimation_mode
+from lorasb_kernels.init.gradient_sums import GradientSums
+from lorasb_kernels.init.losses import summed_loss
+from lorasb_kernels.progress import progress_bar
+
+
+class Estimation:
+    """One estimation of the summed gradients of `layers` over `batches`.
+
+    Between two `step()`s the model is as the caller gave it.
+
+    Args:
+        model: the model.
+        layers: the target layers by name.
+        batches: this rank's micro-batches.
+        loss_fn: see `summed_loss`.
+        memory_budget: bytes for what a strategy keeps beyond the model and a
+            micro-batch's own activations; None for what is free.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Linear],
+        batches: list[Any],
+        loss_fn: Callable | None,
+        memory_budget: int | None,
+        progress: bool,
+    ):
+        self.model, self.layers, self.batches = model, layers, batches
+        self.memory_budget, self.progress = memory_budget, progress
+        self.sums = GradientSums(layers)
+        self.device = next(iter(layers.values())).weight.device
+        self._loss_fn = loss_fn
+        self._zero: list[str] = []
+
+    @contextmanager
+    def step(self, names: Iterable[str]) -> Iterator[None]:
+        """The model ready for passes that add up the gradients of `names`, on every rank."""
+        try:
+            with (
+                ranks.in_step(self.device),
+                estimation_mode(self.model),
+                self.sums.attached(names),
+            ):
+                yield
+        except BaseException:
+            self.sums.clear()
+            raise
+
+    def loss(self, index: int) -> torch.Tensor:
+        """The summed loss of micro-batch `index`; runs the forward pass."""
+        return summed_loss(self.model, self.batches[index], self._loss_fn, index)
+
+    def bar(self, total: int, strategy: str):
+        """A progress bar of `total` passes over a micro-batch."""
+        return progress_bar(total, f"estimating updates ({strategy})", "pass", self.progress)
+
+    def finish(self, name: str) -> torch.Tensor:
+        """The complete sum of `name`, over all ranks, checked.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        total = ranks.sum_(self.sums.pop(name))
+        low, high = (bound.item() for bound in torch.aminmax(total))
+        if not (torch.isfinite(torch.tensor([low, high])).all()):
+            raise FloatingPointError(self._locate_nonfinite(name))
+        if low == high == 0:
+            self._zero.append(name)
+        return total
+
+    def conclude(self) -> None:
+        """Reports layers whose gradient is zero throughout.
+
+        Raises:
+            ValueError: that is every layer.
+        """
+        if not self._zero:
+            return
+        reasons = "; ".join(f"{name} {self._why_zero(name)}" for name in self._zero)
+        if len(self._zero) == len(self.layers):
+            raise ValueError(f"the gradient of every target layer is zero: {reasons}")
+        warnings.warn(
+            f"the gradient of {len(self._zero)} of {len(self.layers)} target layers is zero, "
+            f"so their update is zero: {reasons}",
+            stacklevel=2,
+        )
+
+    def _why_zero(self, name: str) -> str:
+        if name not in self.sums.called:
+            return "takes no part in the forward pass"
+        if name not in self.sums.reached:
+            return (
+                "is not reached by the backward pass (the loss does not depend on it, or it runs "
+                "inside a reentrant checkpoint whose inputs do not require grad)"
+            )
+        return "has gradients that are exactly zero (are all labels ignored?)"
+
+    def _locate_nonfinite(self, name: str) -> str:
+        """Repeats the passes one by one for the micro-batch that spoilt the sum of `name`."""
+        for index in range(len(self.batches)):
+            with estimation_mode(self.model), self.sums.attached([name]):
+                self.loss(index).backward()
+            if not torch.isfinite(self.sums.pop(name)).all():
+                return f"the gradient of layer {name} is not finite in batch {index}"
+        return (
+            f"the summed gradient of layer {name} is not finite, though that of each batch is: "
+            "float32 overflowed, or the batch is another rank's"
+        )
+
+
+__all__ = ["Estimation"]

@@ -1,0 +1,98 @@
+"""Summed weight gradients of chosen layers, without weight gradients.
+
+A forward hook on each layer lays an identity, `_Tap`, over its output. The tap keeps the
+layer's input x; in backward it sees dy, adds dyᵀx to the layer's accumulator and passes dy
+on. The weights stay frozen, so autograd computes the gradient of no parameter at all.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from lorasb_kernels.ops.sign_accumulate import sign_accumulate_
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on `y`; `anchor` requires grad, so that backward comes here in any case."""
+
+    @staticmethod
+    def forward(ctx, y, x, anchor, add):
+        ctx.save_for_backward(x)
+        ctx.add = add
+        return y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        ctx.add(dy, x)
+        return dy, None, None, None
+
+
+class GradientSums:
+    """Accumulators Σ dyᵀx [m, n], fp32 (fp64 for fp64 layers), by layer name.
+
+    Args:
+        layers: the linear layers by name.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear]):
+        self.layers = layers
+        self.called: set[str] = set()
+        self.reached: set[str] = set()
+        self._sums: dict[str, torch.Tensor] = {}
+        self._anchors: dict[torch.device, torch.Tensor] = {}
+
+    def allocate(self, names: Iterable[str]) -> None:
+        """Sets the accumulators of `names` to zero; a layer's first gradient does it, too."""
+        for name in names:
+            weight = self.layers[name].weight
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            shape = (self.layers[name].out_features, self.layers[name].in_features)
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    def pop(self, name: str) -> torch.Tensor:
+        """Hands over the accumulator of `name` and forgets it."""
+        if name not in self._sums:
+            self.allocate([name])
+        return self._sums.pop(name)
+
+    def clear(self) -> None:
+        """Drops every accumulator."""
+        self._sums.clear()
+
+    @contextmanager
+    def attached(self, names: Iterable[str]) -> Iterator[None]:
+        """While open, backward passes add the gradients of `names`."""
+        handles = [
+            self.layers[name].register_forward_hook(partial(self._lay_tap, name), with_kwargs=True)
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _lay_tap(self, name, layer, args, kwargs, y):
+        self.called.add(name)
+        if not torch.is_grad_enabled():
+            return y
+        x = args[0] if args else kwargs["input"]
+        if y.device not in self._anchors:
+            self._anchors[y.device] = torch.zeros((), device=y.device, requires_grad=True)
+        # Under autocast the layer multiplies by x in the dtype of y.
+        x = x.detach().to(y.dtype)
+        return _Tap.apply(y, x, self._anchors[y.device], partial(self._add, name))
+
+    def _add(self, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
+        self.reached.add(name)
+        if name not in self._sums:
+            self.allocate([name])
+        sign_accumulate_(self._sums[name], dy, x)
+
+
+__all__ = ["GradientSums"]

@@ -1,0 +1,46 @@
+"""Strategy `resident`: an accumulator a layer, all at once, in ordinary backward passes.
+
+Memory: 4·m·n bytes a layer beside what a training step takes. Work: one forward and one
+backward a micro-batch. The fastest where the accumulators fit.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from lorasb_kernels.init.blocks import find_blocks
+from lorasb_kernels.init.estimation import Estimation
+from lorasb_kernels.init.estimation_mode import checkpointed
+
+
+def resident(estimation: Estimation, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields each of `names` with its summed gradient."""
+    bar = estimation.bar(len(estimation.batches), "resident")
+    try:
+        accumulate(estimation, names, bar)
+    finally:
+        bar.close()
+    for name in names:
+        yield name, estimation.finish(name)
+
+
+def accumulate(estimation: Estimation, names: list[str], bar) -> None:
+    """Runs all micro-batches, leaving the sums of `names` in `estimation.sums`."""
+    with estimation.step(names):
+        estimation.sums.allocate(names)
+        with _checkpointing_kept(estimation.model, estimation.layers):
+            for index in range(len(estimation.batches)):
+                estimation.loss(index).backward()
+                bar.update()
+
+
+def _checkpointing_kept(model: nn.Module, layers: dict[str, nn.Linear]):
+    """Gradient checkpointing of the model's blocks, if the model had it enabled."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return nullcontext()
+    return checkpointed(find_blocks(model, layers).values())
+
+
+__all__ = ["accumulate", "resident"]

@@ -1,0 +1,134 @@
+"""Tiny random models of the shapes that estimation must handle, and padded batches for them."""
+
+import torch
+from torch import nn
+
+VOCABULARY = 61
+
+
+def llama(**changes) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_dropout": 0.1,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    return _seeded(LlamaForCausalLM, LlamaConfig(**settings | changes))
+
+
+def gemma2() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        pad_token_id=0,
+    )
+    return _seeded(Gemma2ForCausalLM, config)
+
+
+def roberta() -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    return _seeded(RobertaForSequenceClassification, config)
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return _seeded(T5ForConditionalGeneration, config)
+
+
+FAMILIES = {"llama": llama, "gemma2": gemma2, "roberta": roberta, "t5": t5}
+
+
+def _seeded(kind: type, config) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config).train()
+
+
+def samples(count: int = 5, seed: int = 1, *, classes: int | None = None) -> list[dict]:
+    """Samples of different lengths; labels on a part of the tokens, or a class."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for index in range(count):
+        length = 5 + (3 * index) % 8
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: length // 2] = -100
+        if classes:
+            labels = torch.randint(0, classes, (), generator=generator)
+        result.append({"input_ids": ids, "labels": labels})
+    return result
+
+
+def padded(rows: list[dict], *, extra: int = 0) -> dict[str, torch.Tensor]:
+    """One batch: rows padded on the right to the longest, and `extra` beyond."""
+    length = max(len(row["input_ids"]) for row in rows) + extra
+
+    def fill(tensor, value):
+        return nn.functional.pad(tensor, (0, length - len(tensor)), value=value)
+
+    batch = {
+        "input_ids": torch.stack([fill(row["input_ids"], 0) for row in rows]),
+        "attention_mask": torch.stack([fill(torch.ones_like(r["input_ids"]), 0) for r in rows]),
+    }
+    labels = [row["labels"] for row in rows]
+    batch["labels"] = torch.stack([fill(x, -100) if x.dim() else x for x in labels])
+    return batch
+
+
+def batches_for(family: str, sizes: tuple[int, ...] = (2, 2, 1)) -> list[dict]:
+    """Samples of the family's task, cut into micro-batches of `sizes`."""
+    rows = samples(sum(sizes), classes=3 if family == "roberta" else None)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [padded(rows[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """All linear layers but the output head."""
+    heads = ("lm_head", "classifier")
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(heads)
+    ]
+
+
+__all__ = ["FAMILIES", "batches_for", "linear_names", "llama", "padded", "samples"]
