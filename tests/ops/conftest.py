@@ -1,0 +1,41 @@
+"""What every operator test shares: the backends, a device, dtypes, poisoned memory.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on small shapes. With one, the
+same tests run on it, bf16 and larger shapes included, and the CUDA extension joins if built.
+"""
+
+import pytest
+import torch
+
+from lorasb_kernels.ops.backend import obstacle
+from lorasb_kernels.ops.registry import BACKENDS
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device) -> str:
+    reason = obstacle(request.param, device, torch.float32)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def dtype(request, backend) -> torch.dtype:
+    if request.param == "bfloat16" and backend == "triton" and not ON_GPU:
+        pytest.skip("Triton's interpreter multiplies bf16 wrongly; the PTX tests cover it")
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` hands out NaN: an element that a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

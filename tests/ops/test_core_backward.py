@@ -1,0 +1,58 @@
+"""`core_backward`: q = s · (dy B) R and dR = s · (dy B)ᵀ h, on every backend."""
+
+import math
+
+import pytest
+import torch
+
+from lorasb_kernels.ops.core_backward import core_backward
+from tests.ops.operands import SHAPES, check, normal
+
+SCALING = 0.75
+
+
+def operands(M, m, r, dtype, device):
+    dy = normal(M, m, dtype=dtype, device=device)
+    h = normal(M, r, dtype=dtype, device=device, seed=1)
+    lora_B = normal(m, r, dtype=dtype, device=device, seed=2) / math.sqrt(m)
+    lora_R = normal(r, r, dtype=torch.float32, device=device, seed=3) / math.sqrt(r)
+    return dy, h, lora_B, lora_R
+
+
+@pytest.mark.parametrize(("M", "m", "r"), SHAPES)
+def test_values(M, m, r, backend, dtype, device):
+    q, dR = check(core_backward, backend, *operands(M, m, r, dtype, device), SCALING)
+    assert q.shape == (M, r)
+    assert dR.dtype == torch.float32
+    assert M > 0 or not dR.any()
+
+
+def test_many_rows_are_summed_in_parts(backend, device):
+    """300 rows: more than one block a tile of dR, in the interpreter too."""
+    check(core_backward, backend, *operands(300, 24, 40, torch.float32, device), SCALING)
+
+
+def test_strides(backend, dtype, device):
+    M, m, r = 21, 70, 25
+    dy, h, lora_B, lora_R = operands(2 * M, m + 6, r, dtype, device)
+    transposed = lora_B[:m].T.contiguous().T
+    check(core_backward, backend, dy[::2, 5:-1], h[::2], transposed, lora_R.T, SCALING)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_input_shows(bad, backend, device):
+    dy, h, lora_B, lora_R = operands(20, 150, 40, torch.float16, device)
+    clean, _ = core_backward(dy, h, lora_B, lora_R, SCALING, backend)
+    dy[2, 149] = bad
+    q, dR = core_backward(dy, h, lora_B, lora_R, SCALING, backend)
+    assert not q[2].isfinite().any()
+    assert not dR.isfinite().any()
+    q[2] = clean[2]
+    assert torch.equal(q, clean)
+
+    dy[2, 149] = 1.0
+    h[3, 5] = bad
+    _, dR = core_backward(dy, h, lora_B, lora_R, SCALING, backend)
+    assert not dR[:, 5].isfinite().any()
+    dR[:, 5] = 0
+    assert dR.isfinite().all()

@@ -1,0 +1,70 @@
+"""What torch asks of an operator: schema, fake, compilation; and lorasb_linear in one graph."""
+
+import pytest
+import torch
+
+from lorasb_kernels.functional import lorasb_linear
+from tests.ops.operands import dropout_seed, normal
+
+M, N, K, R = 9, 12, 40, 5
+
+
+def arguments(operation: str, device: torch.device, dropout: bool) -> tuple:
+    def tensor(*shape):
+        return normal(*shape, dtype=torch.float32, device=device)
+
+    p, seed = (0.25, dropout_seed(device)) if dropout else (0.0, None)
+    return {
+        "shrink": (tensor(M, K), tensor(R, K), tensor(R, R), 0.5, p, seed),
+        "core_backward": (tensor(M, N), tensor(M, R), tensor(N, R), tensor(R, R), 0.5),
+        "expand": (tensor(M, K), tensor(N, K), tensor(M, R), tensor(N, R), None, p, seed),
+    }[operation]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("operation", ["shrink", "core_backward", "expand"])
+def test_opcheck(operation, dropout, backend, device):
+    operator = getattr(torch.ops.lorasb, f"{operation}_{backend}").default
+    torch.library.opcheck(operator, arguments(operation, device, dropout))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_one_graph_for_every_number_of_rows(dropout_p, backend, device):
+    compiler = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(lorasb_linear, fullgraph=True, dynamic=True, backend=compiler)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (6, 11):
+            results = []
+            for function in (compiled, lorasb_linear):
+                torch.manual_seed(0)
+                x = normal(rows, K, dtype=torch.float32, device=device).requires_grad_()
+                core = normal(R, R, dtype=torch.float32, device=device).requires_grad_()
+                frozen = [
+                    normal(*shape, dtype=torch.float32, device=device)
+                    for shape in ((N, K), (R, K), (N, R))
+                ]
+                weight, lora_A, lora_B = frozen
+                y = function(x, weight, lora_A, core, lora_B, dropout_p=dropout_p, backend=backend)
+                y.square().sum().backward()
+                results.append((y.detach(), x.grad, core.grad))
+            for ours, eager in zip(*results, strict=True):
+                torch.testing.assert_close(ours, eager)
+
+
+def test_gradients_of_a_layer_equal_the_reference(backend, device):
+    """The chain shrink, expand, core_backward, expand, with dropout and one mask throughout."""
+    gradients = {}
+    for name in (backend, "reference"):
+        torch.manual_seed(3)
+        x = normal(37, 70, dtype=torch.float32, device=device).requires_grad_()
+        core = normal(24, 24, dtype=torch.float32, device=device, seed=1).requires_grad_()
+        weight, lora_A, lora_B = (
+            normal(*shape, dtype=torch.float32, device=device, seed=2) / 8
+            for shape in ((50, 70), (24, 70), (50, 24))
+        )
+        y = lorasb_linear(x, weight, lora_A, core, lora_B, dropout_p=0.2, backend=name)
+        y.sin().sum().backward()
+        gradients[name] = (y.detach(), x.grad, core.grad)
+    for ours, plain in zip(*gradients.values(), strict=True) if backend != "reference" else ():
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
