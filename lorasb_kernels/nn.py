@@ -98,12 +98,16 @@ class LoRASBLinear(nn.Linear):
             self.reset_adapter()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, r: int, **options) -> "LoRASBLinear":
+    def from_linear(
+        cls, linear: nn.Linear, r: int, *, reset: bool = True, **options
+    ) -> "LoRASBLinear":
         """Wraps `linear`; weight and bias share its storage, its flags stay as they are.
 
         Args:
             linear: the layer to adapt.
             r: rank.
+            reset: draw random orthonormal A and B; otherwise the factors are 0 until
+                `set_adapter` gives them.
             options: keyword arguments of the constructor, from `scaling` to `init`.
         """
         layer = cls(
@@ -119,11 +123,11 @@ class LoRASBLinear(nn.Linear):
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         device = linear.weight.device
-        layer.lora_A = torch.empty_like(layer.lora_A, device=device)
-        layer.lora_B = torch.empty_like(layer.lora_B, device=device)
+        layer.lora_A = torch.zeros_like(layer.lora_A, device=device)
+        layer.lora_B = torch.zeros_like(layer.lora_B, device=device)
         layer.lora_R = nn.Parameter(torch.zeros_like(layer.lora_R, device=device))
         layer.train(linear.training)
-        if not linear.weight.is_meta:
+        if reset and not linear.weight.is_meta:
             layer.reset_adapter()
         return layer
 

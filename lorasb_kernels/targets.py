@@ -149,16 +149,15 @@ def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> 
     """
     users = Counter(
         tensor.data_ptr()
-        for module in model.modules()
+        for _, module in model.named_modules(remove_duplicate=False)
         for tensor in module._parameters.values()
         if tensor is not None and not tensor.is_meta
     )
-    names = Counter(id(module) for module in targets.values())
     for name, linear in targets.items():
         weight = linear.weight
         if weight.is_meta:
             raise ValueError(f"{name}.weight is on the meta device; expected a loaded model")
-        if names[id(linear)] > 1 or users[weight.data_ptr()] > 1:
+        if users[weight.data_ptr()] > 1:
             raise ValueError(
                 f"{name}.weight is shared with another module (tied weights); adapting it would "
                 "change both. Leave it out of target_modules"

@@ -33,8 +33,11 @@ class Adapter:
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one layer, whatever the order in which layers are initialized."""
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    """A CPU generator for one layer, whatever the order in which layers are initialized.
+
+    Seed and name are hashed together because the CPU generator reads 32 bits of its seed.
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def lora_sb(
