@@ -8,7 +8,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
-import build as cuda  # noqa: E402
+import build as cuda
 
 TRAIN = ["transformers>=5.0", "accelerate>=1.10", "rich>=13", "pyyaml>=6", "matplotlib>=3.8"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "peft>=0.18"]

@@ -15,6 +15,7 @@ _HOME = {
     "LoRASBConfig": "lorasb_kernels.config",
     "LoRASBLinear": "lorasb_kernels.nn",
     "adapt": "lorasb_kernels.adaptation",
+    "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
     "load_adapter": "lorasb_kernels.checkpoint",
     "merge_and_unload": "lorasb_kernels.adaptation",

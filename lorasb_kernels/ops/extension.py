@@ -4,7 +4,9 @@ The library registers `lorasb::*_cuda` kernels and nothing else. When it is miss
 or fails to load, the reason is kept and given by whoever asks for `backend="cuda"`.
 """
 
+import ctypes
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -24,4 +26,22 @@ def obstacle() -> str | None:
     return None
 
 
-__all__ = ["obstacle"]
+def build_info() -> dict[str, str | None]:
+    """Describes the CUDA extension of this installation; needs no GPU.
+
+    Returns:
+        A dict of strings. `extension` is the library's path, or None when it cannot be used,
+        and then `reason` says why. Once loaded, as the library itself tells:
+        `architectures` it holds code for (the form of TORCH_CUDA_ARCH_LIST), `nvcc` and
+        `compiler` that built it, and `torch_target`, the version number of the oldest torch
+        it loads under (0x020a… is 2.10).
+    """
+    reason = obstacle()
+    if reason is not None:
+        return {"extension": None, "reason": reason}
+    describe = ctypes.CDLL(str(_LIBRARY)).lorasb_build_info
+    describe.restype = ctypes.c_char_p
+    return {"extension": str(_LIBRARY), **json.loads(describe())}
+
+
+__all__ = ["build_info", "obstacle"]

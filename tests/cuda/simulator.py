@@ -1,0 +1,170 @@
+"""Runs the CUDA extension without a GPU: its host code on CPU tensors, its kernels as PTX.
+
+The extension's own object files are linked with `simulated_runtime.cpp` in place of the CUDA
+runtime. Its operators then take CPU tensors; a kernel launch comes back here with the grid,
+shared memory and parameters that the launcher chose, and the kernel's sm_86 PTX is executed
+by `ptxcheck`, on the tensors' memory. Only what the bindings asked a data pointer of is
+mapped, so that every access out of bounds is seen.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "simulator"
+ARCHITECTURE = "8.6"
+WRAPPED = (
+    "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr",
+    "aoti_torch_library_init_impl",
+    "aoti_torch_get_device_type",
+    "aoti_torch_create_device_guard",
+)
+
+_spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
+
+def ptxcheck_obstacle() -> str | None:
+    """Why kernels cannot be executed here; None when they can. Finds `ptxcheck`."""
+    beside = ROOT.parent / "shared" / "tools" / "ptxcheck"
+    path = os.environ.get("PTXCHECK_PATH") or (beside if beside.exists() else None)
+    if path and str(path) not in sys.path:
+        sys.path.append(str(path))
+    if importlib.util.find_spec("ptxcheck") is None:
+        return "ptxcheck, which executes PTX, was not found (set PTXCHECK_PATH)"
+    return None
+
+
+def objects() -> list[Path]:
+    """The extension's object files for sm_86, with their PTX beside them; built once."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keep = ("-keep", f"-keep-dir={BUILD}")
+        return build.compile_objects(BUILD, ARCHITECTURE, torch_include(), keep)
+
+
+def torch_include() -> Path:
+    return Path(torch.__file__).parent / "include"
+
+
+def simulated_library() -> Path:
+    """Links the object files with the simulated runtime."""
+    compiled = objects()
+    library = BUILD / "simulated.so"
+    source = Path(__file__).with_name("simulated_runtime.cpp")
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        newest = max(path.stat().st_mtime for path in [source, *compiled])
+        if library.exists() and library.stat().st_mtime > newest:
+            return library
+        runtime = BUILD / "simulated_runtime.o"
+        command = [*("g++", "-c", "-O1", "-std=c++17", "-fPIC"), str(source), "-o", str(runtime)]
+        command += ["-isystem", str(torch_include()), "-DUSE_CUDA"]
+        command += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}"]
+        command += ["-isystem", str(build.toolkit() / "include")]
+        subprocess.run(command, check=True)
+        wraps = tuple(f"-Wl,--wrap={name}" for name in WRAPPED)
+        build.link([*compiled, runtime], library, (*wraps, "-Wl,-z,defs"))
+    return library
+
+
+class Simulator:
+    """The loaded extension. `options` are passed to ptxcheck's `launch`."""
+
+    def __init__(self):
+        import ptxcheck
+
+        library = simulated_library()
+        torch.ops.load_library(str(library))
+        self._library = ctypes.CDLL(str(library))
+        self._load = ptxcheck.load
+        self._modules = {}
+        self._ptx = {path: path.read_text() for path in sorted(BUILD.glob("*.ptx"))}
+        self._spans: list[tuple[int, int]] = []
+        self._failure: Exception | None = None
+        self._record = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int64)(self._on_tensor)
+        self._run = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.c_char_p,
+            ctypes.POINTER(ctypes.c_uint),
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+        )(self._on_launch)
+        self._library.simulator_connect(self._record, self._run)
+        self.options: dict = {}
+        self.launches: list[tuple[str, tuple[int, ...], object]] = []
+
+    @contextlib.contextmanager
+    def running(self, multiprocessors: int = 2, **options) -> Iterator[list]:
+        """Operators called inside run under these options; yields (kernel, grid, stats)s."""
+        self._library.simulator_set_multiprocessors(multiprocessors)
+        self.options = {"check_races": True, "check_uninit": True, **options}
+        self._spans, self._failure, self.launches = [], None, []
+        try:
+            yield self.launches
+        except RuntimeError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+
+    def _on_tensor(self, data: int, size: int) -> None:
+        if data:
+            self._spans.append((data, data + size))
+
+    def _module(self, kernel: str):
+        path = next(path for path, text in self._ptx.items() if f".entry {kernel}(" in text)
+        if path not in self._modules:
+            self._modules[path] = self._load(self._ptx[path])
+        return self._modules[path]
+
+    def _on_launch(self, name: bytes, shape, params: int, shared_bytes: int) -> int:
+        try:
+            kernel = name.decode()
+            module = self._module(kernel)
+            self._map(module.memory)
+            ((_, _, size),) = module.kernels[kernel]
+            stats = module.launch(
+                kernel,
+                tuple(shape[:3]),
+                tuple(shape[3:6]),
+                [ctypes.string_at(params, size)],
+                dynamic_smem=shared_bytes,
+                **self.options,
+            )
+            self.launches.append((kernel, tuple(shape[:3]), stats))
+            return 0
+        except Exception as failure:
+            self._failure = failure
+            return 1
+
+    def _map(self, memory) -> None:
+        """Maps the recorded spans, merged where they overlap, at their own addresses."""
+        memory.release()
+        merged: list[list[int]] = []
+        for start, end in sorted(set(self._spans)):
+            if merged and start < merged[-1][1]:
+                merged[-1][1] = max(end, merged[-1][1])
+            else:
+                merged.append([start, end])
+        for start, end in merged:
+            data = np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
+            memory.next = start
+            memory.add(f"tensor at {start:#x}", data, owner=self)
+        memory.buffers.sort(key=lambda buffer: buffer.addr)
+        memory.starts = [buffer.addr for buffer in memory.buffers]
+
+
+__all__ = ["BUILD", "Simulator", "build", "objects", "ptxcheck_obstacle", "torch_include"]
