@@ -81,6 +81,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return backend
 
 
+# A constant to torch.compile, which cannot trace the probing of devices and imports. This is
+# what torch.compiler.assume_constant_result sets, without importing the compiler for it.
+resolve_backend._dynamo_marked_constant = True
+
+
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that `auto` takes, and the reason for it.
 

@@ -25,7 +25,7 @@ def check_arguments(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout_p)
             )
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}; expected a float")
-    if not math.isfinite(scaling):
+    if not abs(scaling) < math.inf:  # also true of NaN, and traceable for a symbolic float
         raise ValueError(f"scaling is {scaling}; expected a finite number")
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p is a {type(dropout_p).__name__}; expected a float")
