@@ -12,9 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorasb_kernels.files import write_tensors
-from lorasb_kernels.ops.bitplanes import check_planes, unpack
+from lorasb_kernels.ops.bitplanes import WORD, check_planes, unpack, words
 from lorasb_kernels.ops.pack_signs import pack_signs
 from lorasb_kernels.ops.sign_matmul import sign_matmul
+
+# Whole numbers up to here are exact in bfloat16.
+GRAM_DEPTH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,28 @@ class SignMatrix:
     def __matmul__(self, dense: torch.Tensor) -> torch.Tensor:
         return self.matmul(dense)
 
+    def gram(self) -> torch.Tensor:
+        """S Sᵀ, fp32 [m, m]: whole numbers, exact while below 2²⁴.
+
+        Sums 256 columns at a time. Their products are whole numbers up to 256, which
+        bfloat16 holds exactly, so that matrix units may compute them.
+        """
+        dtype = torch.bfloat16 if _fast_bfloat16(self.device) else torch.float32
+        rows, columns = self.shape
+        gram = torch.zeros(rows, rows, device=self.device)
+        for start in range(0, columns, GRAM_DEPTH):
+            panel = self._columns(start, min(start + GRAM_DEPTH, columns)).to(dtype)
+            gram += panel @ panel.T
+        return gram
+
+    def _columns(self, start: int, stop: int) -> torch.Tensor:
+        """Columns start … stop − 1, dense; `start` is a multiple of 32."""
+        if self.transposed:
+            rows = slice(start, stop)
+            return unpack(self.positive[rows], self.negative[rows], self.columns).T
+        part = slice(start // WORD, words(stop))
+        return unpack(self.positive[:, part], self.negative[:, part], stop - start)
+
     def zeros(self) -> int:
         """How many elements are exactly zero."""
         return math.prod(self.shape) - _population(self.positive | self.negative)
@@ -152,12 +177,20 @@ def _stored_transposed(matrix: SignMatrix) -> SignMatrix:
     return SignMatrix(*pack_signs(dense), dense.shape[1], not matrix.transposed)
 
 
-def _population(words: torch.Tensor) -> int:
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has matrix units for bfloat16: a GPU, or a CPU with AMX."""
+    if device.type != "cpu":
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
+
+
+def _population(bits: torch.Tensor) -> int:
     """Number of set bits, counted in all fields of a word at once."""
-    words = words - (words >> 1 & 0x55555555)
-    words = (words & 0x33333333) + (words >> 2 & 0x33333333)
-    words = words + (words >> 4) & 0x0F0F0F0F
-    return int((words * 0x01010101 >> 24).sum())
+    bits = bits - (bits >> 1 & 0x55555555)
+    bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333)
+    bits = bits + (bits >> 4) & 0x0F0F0F0F
+    return int((bits * 0x01010101 >> 24).sum())
 
 
 __all__ = ["SignMatrix"]

@@ -1,0 +1,173 @@
+"""The dominant eigenspace of A Aᵀ by Chebyshev-filtered block subspace iteration.
+
+Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using
+Chebyshev-filtered subspace iteration", J. Comput. Phys. 219 (2006). Each cycle
+
+    1. projects: θ, X ← Ritz values and vectors of the block (one product, one small eigh);
+    2. bounds the eigenvalues not wanted by a = θ_q, the smallest Ritz value;
+    3. filters: X ← T_d(2 A Aᵀ/a − I) X, which keeps what lies in [0, a] below 1 and lets
+       what lies above grow like cosh(d·arccosh(2θ/a − 1)), d products long;
+    4. orthonormalizes.
+
+Sign matrices have nearly flat spectra. Plain subspace iteration gains a factor (θ/a) a
+product there; the polynomial gains what Krylov methods do with a block of fixed width and
+one orthonormalization a cycle instead of one a product.
+
+Every step works on a stack of matrices of one shape, [b, k, q].
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorasb_kernels.init.orthonormal import orthonormalize
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+# Largest degree of the filter in each cycle: the bound `a` is poor at first, and a high
+# degree with a low bound would spend itself on directions that are not wanted.
+DEGREES = (4, 8, 12, 16)
+
+# How much further than the rest the filter may amplify a direction. Past about 1/√eps the
+# block is too ill-conditioned for Cholesky QR.
+GROWTH = 1e4
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Approximate dominant eigenspace of one matrix.
+
+    Args:
+        basis: Ritz vectors [k, r], by falling Ritz value.
+        gap: estimated shortfall of Σθ, relative, from the best r-dimensional subspace.
+        cycles: filters applied.
+    """
+
+    basis: torch.Tensor
+    gap: float
+    cycles: int
+
+
+def dominant_subspace(
+    products: Sequence[Product], block: torch.Tensor, r: int, tol: float, max_iter: int
+) -> list[Subspace]:
+    """Approximates the eigenspaces of the r largest eigenvalues of b matrices A Aᵀ.
+
+    Args:
+        products: b functions, each X [k, q] → A Aᵀ X.
+        block: starting block [b, k, q], q > r; usually random.
+        r: dimension wanted.
+        tol: a matrix is done when its estimated gap is at most this.
+        max_iter: most cycles.
+    """
+    found: list[Subspace | None] = [None] * len(products)
+    active = list(range(len(products)))
+    X = orthonormalize(_apply(products, active, block))
+    for cycle in range(max_iter + 1):
+        theta, X, W = _rayleigh_ritz(X, _apply(products, active, X))
+        residual = (W - X * theta[:, None]).norm(dim=-2)
+        gap = _energy_gap(theta, residual, r)
+        done = [g <= tol or cycle == max_iter for g in gap.tolist()]
+        for position, index in enumerate(active):
+            if done[position]:
+                found[index] = Subspace(X[position, :, :r], gap[position].item(), cycle)
+        rest = [position for position, finished in enumerate(done) if not finished]
+        if not rest:
+            return found
+        active = [active[position] for position in rest]
+        X, W, theta, residual, gap = (t[rest] for t in (X, W, theta, residual, gap))
+        locked = _locked(theta, residual, r, tol)
+        degree = _degree(theta, gap, locked, r, tol, cycle)
+        X = orthonormalize(_filter(products, active, X, W, theta, locked, degree))
+    raise AssertionError("unreachable: the last cycle finishes every matrix")
+
+
+def _apply(products: Sequence[Product], active: list[int], block: torch.Tensor) -> torch.Tensor:
+    return torch.stack([products[i](X) for i, X in zip(active, block, strict=True)])
+
+
+def _rayleigh_ritz(X: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Ritz values [b, q], falling, Ritz vectors and their products, given W = A Aᵀ X."""
+    theta, rotation = torch.linalg.eigh(X.mT @ W)
+    theta, rotation = theta.flip(-1), rotation.flip(-1)
+    return theta, X @ rotation, W @ rotation
+
+
+def _energy_gap(theta: torch.Tensor, residual: torch.Tensor, r: int) -> torch.Tensor:
+    """Estimated relative shortfall of the sum of the r leading Ritz values, [b].
+
+    Kato–Temple: an eigenvalue is within ρ²/δ of its Ritz value, ρ the residual and δ the
+    distance to the rest of the spectrum, here to the end of the block; never beyond ρ.
+    """
+    distance = theta - theta[:, -1:]
+    shortfall = torch.minimum(residual, residual**2 / distance.clamp_min(_tiny(theta)))
+    return shortfall[:, :r].sum(-1) / theta[:, :r].sum(-1).clamp_min(_tiny(theta))
+
+
+def _tiny(tensor: torch.Tensor) -> float:
+    return torch.finfo(tensor.dtype).tiny
+
+
+def _locked(theta: torch.Tensor, residual: torch.Tensor, r: int, tol: float) -> int:
+    """How many leading Ritz vectors, in every matrix, are good enough to leave alone.
+
+    Their share of the gap stays below tol/16.
+    """
+    good = residual <= math.sqrt(tol) / 4 * (theta - theta[:, -1:])
+    return int(good[:, : r - 1].long().cumprod(-1).sum(-1).min()) if r > 1 else 0
+
+
+def _bound(theta: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(theta[:, -1], theta[:, 0] * torch.finfo(theta.dtype).eps)
+
+
+def _degree(
+    theta: torch.Tensor, gap: torch.Tensor, locked: int, r: int, tol: float, cycle: int
+) -> int:
+    """The degree that reaches `tol`, within what amplification and the cycle allow."""
+    bound = _bound(theta)
+    largest = (2 * theta[:, locked] / bound - 1).max().item()
+    smallest = (2 * theta[:, r - 1] / bound - 1).min().item()
+    affordable = math.acosh(GROWTH) / math.acosh(max(largest, 1 + 1e-6))
+    shrink_by = math.sqrt(max(2 * gap.max().item() / tol, 1.0))
+    enough = math.acosh(shrink_by) / math.acosh(max(smallest, 1 + 1e-6))
+    most = DEGREES[min(cycle, len(DEGREES) - 1)]
+    return max(1, min(most, int(affordable), math.ceil(enough)))
+
+
+def _filter(
+    products: Sequence[Product],
+    active: list[int],
+    X: torch.Tensor,
+    W: torch.Tensor,
+    theta: torch.Tensor,
+    locked: int,
+    degree: int,
+) -> torch.Tensor:
+    """Filters the block but its first `locked` Ritz vectors, given W = A Aᵀ X.
+
+    The locked ones are moved to eigenvalue 0 by subtracting their part of each product:
+    amplified, they would drown the others. The recurrence is scaled to 1 at the largest
+    eigenvalue left, so that nothing overflows.
+    """
+    bound, top = (t[:, None, None] for t in (_bound(theta), theta[:, locked]))
+    center = bound / 2
+    first = center / (top - center)
+    fixed = X[..., :locked]
+    deflation = fixed * theta[:, None, :locked].sqrt()
+
+    scale = first
+    previous = X[..., locked:]
+    current = (W[..., locked:] - center * previous) * (scale / center)
+    for _ in range(degree - 1):
+        following = 1 / (2 / first - scale)
+        image = _apply(products, active, current) - deflation @ (deflation.mT @ current)
+        image = (image - center * current) * (2 * following / center)
+        previous, current = current, image - scale * following * previous
+        scale = following
+    return torch.cat([fixed, current - fixed @ (fixed.mT @ current)], dim=-1)
+
+
+__all__ = ["Product", "Subspace", "dominant_subspace"]

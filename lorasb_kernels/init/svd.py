@@ -1,0 +1,278 @@
+"""Truncated SVD of dense and packed sign matrices, to a stated accuracy.
+
+Works on the shorter side, k = min(m, n): finds the eigenspace of the r largest eigenvalues
+of A Aᵀ (`chebyshev.py`, or a whole eigendecomposition where r is not small beside k), then
+projects once more onto it,
+
+    Y = Aᵀ X = Q R,   R = P Σ Wᵀ,   A ≈ (X W) Σ (Q P)ᵀ
+
+so that singular values come from A itself and not from its square.
+
+Judge the result by captured energy Σσ²: a sign matrix has a nearly flat spectrum, in which
+single singular vectors are ill-determined and do not matter.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorasb_kernels.init.chebyshev import Product, Subspace, dominant_subspace
+from lorasb_kernels.init.orthonormal import orthogonality_error, orthonormalize
+from lorasb_kernels.init.sign_matrix import SignMatrix
+
+Matrix = torch.Tensor | SignMatrix
+
+# Matrices iterated together: many on a GPU, where the small factorizations are bound by
+# launches; one on the CPU, which keeps the working set in cache.
+BATCH, CPU_BATCH = 32, 1
+
+# Products with the block, a column, that an iteration takes; measured on random signs.
+EXPECTED_PRODUCTS = 20
+
+
+@dataclass(frozen=True)
+class SVDReport:
+    """How a truncated SVD came about and how far it can be trusted.
+
+    Args:
+        method: `"chebyshev"`, or `"eigh"` for a whole eigendecomposition.
+        iterations: filter cycles; 0 for `"eigh"`.
+        converged: whether `gap` reached `tol`.
+        captured_energy: Σσ² / ‖A‖²_F, in [0, 1]; 1 for a zero matrix.
+        gap: estimated relative shortfall of Σσ² from that of the best rank-r approximation.
+        orthogonality_error: the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F.
+    """
+
+    method: str
+    iterations: int
+    converged: bool
+    captured_energy: float
+    gap: float
+    orthogonality_error: float
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """A ≈ U diag(S) Vᵀ.
+
+    Args:
+        U: [m, r], orthonormal columns; the entry of largest magnitude in each is positive.
+        S: [r], falling, ≥ 0, exactly 0 beyond the numerical rank.
+        V: [n, r], orthonormal columns.
+        report: `SVDReport`.
+    """
+
+    U: torch.Tensor
+    S: torch.Tensor
+    V: torch.Tensor
+    report: SVDReport
+
+
+def truncated_svd(
+    matrix: Matrix,
+    r: int,
+    *,
+    tol: float = 5e-5,
+    max_iter: int = 30,
+    oversample: int | None = None,
+    generator: torch.Generator | None = None,
+) -> TruncatedSVD:
+    """The r leading singular triplets of one matrix; see `truncated_svd_batch`."""
+    return truncated_svd_batch(
+        [matrix], r, tol=tol, max_iter=max_iter, oversample=oversample, generator=generator
+    )[0]
+
+
+def truncated_svd_batch(
+    matrices: Sequence[Matrix],
+    r: int,
+    *,
+    tol: float = 5e-5,
+    max_iter: int = 30,
+    oversample: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[TruncatedSVD]:
+    """The r leading singular triplets of each of several matrices of one shape.
+
+    Args:
+        matrices: dense [m, n] tensors (fp16 and bf16 are computed in fp32) or
+            `SignMatrix`es, all of one shape on one device.
+        r: rank, 1 ≤ r ≤ min(m, n).
+        tol: estimated shortfall of captured energy Σσ², relative to the best rank-r
+            approximation's, at which to stop.
+        max_iter: most filter cycles; reaching it warns and returns what was found.
+        oversample: columns iterated beyond r; None for max(16, r/2).
+        generator: of the random starting block; None for a fixed one. The global random
+            state is neither read nor written.
+
+    Raises:
+        TypeError: a matrix that is neither a floating-point tensor nor a `SignMatrix`.
+        ValueError: no matrices, differing shapes or devices, an element that is not
+            finite, a rank that does not fit, `tol`, `max_iter` or `oversample` out of range.
+    """
+    m, n = _check_matrices(matrices)
+    _check_parameters(m, n, r, tol, max_iter, oversample)
+    k = min(m, n)
+    width = min(k, r + (max(16, r // 2) if oversample is None else oversample))
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    start = torch.randn(k, width, generator=generator, device=generator.device)
+    size = CPU_BATCH if matrices[0].device.type == "cpu" else BATCH
+    results = []
+    for first in range(0, len(matrices), size):
+        results += _decompose(matrices[first : first + size], r, start, tol, max_iter)
+    missed = [i for i, result in enumerate(results) if not result.report.converged]
+    if missed:
+        worst = max(results[i].report.gap for i in missed)
+        warnings.warn(
+            f"truncated_svd: {len(missed)} of {len(results)} matrices stopped at "
+            f"max_iter={max_iter} with an estimated gap up to {worst:.1e}, above tol={tol:.1e}",
+            stacklevel=3,
+        )
+    return results
+
+
+def _decompose(
+    matrices: Sequence[Matrix], r: int, start: torch.Tensor, tol: float, max_iter: int
+) -> list[TruncatedSVD]:
+    swap = matrices[0].shape[0] > matrices[0].shape[1]
+    scales = [_scale(matrix) for matrix in matrices]
+    wide = [
+        _scaled(matrix.T if swap else matrix, s) for matrix, s in zip(matrices, scales, strict=True)
+    ]
+    k, width = start.shape
+    exact = _eigh_is_faster(k, width)
+    if exact:
+        subspaces = [_whole_eigenspace(_gram(A), r) for A in wide]
+    else:
+        products = [_gram_product(A, width) for A in wide]
+        block = start.to(matrices[0].device, _working_dtype(matrices[0]))
+        subspaces = dominant_subspace(products, block.expand(len(wide), -1, -1), r, tol, max_iter)
+    X = orthonormalize(torch.stack([subspace.basis for subspace in subspaces]))
+    Y = torch.stack([A.T @ basis for A, basis in zip(wide, X, strict=True)])
+    Q = orthonormalize(Y)
+    P, S, Wt = torch.linalg.svd(Q.mT @ Y)
+    left, right = X @ Wt.mT, Q @ P
+    U, V = (right, left) if swap else (left, right)
+    flip = _leading_sign(U)
+    U, V = U * flip, V * flip
+    threshold = _rank_threshold(S, max(matrices[0].shape))
+    S = S.masked_fill(S <= threshold, 0)
+    errors = torch.maximum(orthogonality_error(U), orthogonality_error(V)).tolist()
+    results = []
+    for i, (A, subspace) in enumerate(zip(wide, subspaces, strict=True)):
+        total = float(A.norm()) ** 2
+        report = SVDReport(
+            method="eigh" if exact else "chebyshev",
+            iterations=subspace.cycles,
+            converged=subspace.gap <= tol,
+            captured_energy=S[i].double().square().sum().item() / total if total else 1.0,
+            gap=subspace.gap,
+            orthogonality_error=errors[i],
+        )
+        results.append(TruncatedSVD(U[i], S[i] * scales[i], V[i], report))
+    return results
+
+
+def _eigh_is_faster(k: int, width: int) -> bool:
+    """Measured on the CPU: filtering wins once the side is long beside the block."""
+    return k <= max(256, 4 * width)
+
+
+def _whole_eigenspace(gram: torch.Tensor, r: int) -> Subspace:
+    _, vectors = torch.linalg.eigh(gram)
+    return Subspace(vectors[:, -r:].flip(1), gap=0.0, cycles=0)
+
+
+def _gram_product(A: Matrix, width: int) -> Product:
+    """X → A Aᵀ X, by way of the k×k Gram matrix where that is less work.
+
+    On the CPU only: a GPU multiplies by the packed planes at the speed of reading them.
+    """
+    k, n = A.shape
+    if A.device.type == "cpu" and k <= EXPECTED_PRODUCTS * width * (2 - k / n):
+        gram = _gram(A)
+        return lambda X: gram @ X
+    return lambda X: A @ (A.T @ X)
+
+
+def _gram(A: Matrix) -> torch.Tensor:
+    return A.gram() if isinstance(A, SignMatrix) else A @ A.T
+
+
+def _working_dtype(matrix: Matrix) -> torch.dtype:
+    double = isinstance(matrix, torch.Tensor) and matrix.dtype == torch.float64
+    return torch.float64 if double else torch.float32
+
+
+def _scale(matrix: Matrix) -> float:
+    """Largest magnitude: what keeps squares of the elements in range."""
+    if isinstance(matrix, SignMatrix):
+        return 1.0
+    return matrix.detach().abs().amax().item() or 1.0
+
+
+def _scaled(matrix: Matrix, scale: float) -> Matrix:
+    if isinstance(matrix, SignMatrix):
+        return matrix
+    return matrix.detach().to(_working_dtype(matrix)) / scale
+
+
+def _leading_sign(U: torch.Tensor) -> torch.Tensor:
+    """±1 [b, 1, r] that makes the entry of largest magnitude in each column positive."""
+    place = U.abs().argmax(dim=-2, keepdim=True)
+    return torch.where(U.gather(-2, place) < 0, -1.0, 1.0).to(U.dtype)
+
+
+def _rank_threshold(S: torch.Tensor, longest: int) -> torch.Tensor:
+    """Below this a singular value is rounding of the products, [b, 1]."""
+    return S[:, :1] * (torch.finfo(S.dtype).eps * math.sqrt(longest))
+
+
+def _check_matrices(matrices: Sequence[Matrix]) -> tuple[int, int]:
+    if isinstance(matrices, torch.Tensor):
+        raise TypeError("matrices is a Tensor; expected a sequence of matrices")
+    if not matrices:
+        raise ValueError("matrices is empty; expected at least one")
+    first = matrices[0]
+    for i, matrix in enumerate(matrices):
+        name = f"matrices[{i}]"
+        if isinstance(matrix, torch.Tensor):
+            if not matrix.dtype.is_floating_point:
+                raise TypeError(f"{name} has dtype {matrix.dtype}; expected floating point")
+            bad = int((~matrix.isfinite()).sum())
+        elif isinstance(matrix, SignMatrix):
+            bad = matrix.nonfinite()
+        else:
+            raise TypeError(
+                f"{name} is a {type(matrix).__name__}; expected a torch.Tensor or a SignMatrix"
+            )
+        if len(matrix.shape) != 2 or 0 in matrix.shape:
+            raise ValueError(f"{name} has shape {tuple(matrix.shape)}; expected [m, n], m, n >= 1")
+        if matrix.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(matrix.shape)}; "
+                f"expected {tuple(first.shape)}, as the first"
+            )
+        if matrix.device != first.device:
+            raise ValueError(f"{name} is on {matrix.device}; expected {first.device}, as the first")
+        if bad:
+            raise ValueError(f"{name} has {bad} elements that are not finite; expected none")
+    return tuple(first.shape)
+
+
+def _check_parameters(m, n, r, tol, max_iter, oversample) -> None:
+    if not 1 <= r <= min(m, n):
+        raise ValueError(f"r is {r}; expected 1 <= r <= {min(m, n)} for a matrix of {m}×{n}")
+    if not tol > 0:
+        raise ValueError(f"tol is {tol}; expected a positive number")
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}; expected at least 1")
+    if oversample is not None and oversample < 1:
+        raise ValueError(f"oversample is {oversample}; expected at least 1, or None")
+
+
+__all__ = ["SVDReport", "TruncatedSVD", "truncated_svd", "truncated_svd_batch"]
