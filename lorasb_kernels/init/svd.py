@@ -159,8 +159,7 @@ def _decompose(
     U, V = (right, left) if swap else (left, right)
     flip = _leading_sign(U)
     U, V = U * flip, V * flip
-    threshold = _rank_threshold(S, max(matrices[0].shape))
-    S = S.masked_fill(S <= threshold, 0)
+    S = S.masked_fill(S.le(_rank_threshold(S, max(matrices[0].shape))), 0)
     errors = torch.maximum(orthogonality_error(U), orthogonality_error(V)).tolist()
     results = []
     for i, (A, subspace) in enumerate(zip(wide, subspaces, strict=True)):

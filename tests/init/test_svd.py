@@ -76,7 +76,7 @@ def check(result, dense, r):
     assert (U.T @ dense).square().sum() >= 0.9999 * best
     assert (dense @ V).square().sum() >= 0.9999 * best
     assert torch.allclose(S.square().sum(), best, rtol=1.01e-4)
-    assert (S <= exact * (1 + 1e-5) + 1e-6 * exact[0]).all()
+    assert S.le(exact * (1 + 1e-5) + 1e-6 * exact[0]).all()
     assert (S.diff() <= 0).all()
     projected = U.T @ dense @ V
     assert (projected - S.diag()).abs().max() <= 3e-5 * exact[0].clamp_min(1)
