@@ -57,6 +57,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None  # takes the place of `epochs`
     max_length: int = 512  # tokens
+    system_prompt: str | None = None  # None: the chat template's own
     batching: str = "length-grouped"
     init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
     init_minimum: int = 32  # samples, when the share is fewer

@@ -1,15 +1,11 @@
-"""Training rows: read from JSONL or CSV, checked, turned into token ids and labels."""
+"""Training rows, read from JSONL or CSV and checked."""
 
 import csv
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-IGNORED = -100  # a label that carries no loss, as in torch's cross-entropy
-PLAIN_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers without a chat template
 
 
 class DataError(ValueError):
@@ -32,16 +28,6 @@ class Labelled:
     text: str
     label: int | float
     text_pair: str | None = None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one sample, with one label a token or one label in all."""
-
-    input_ids: list[int]
-    labels: list[int] | int | float
-    positions: list[int] = field(default_factory=list)  # packed samples only: restart at 0
-    segments: list[int] = field(default_factory=list)  # 0 and 1 for the texts of a pair
 
 
 def read_rows(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
@@ -128,43 +114,3 @@ def _text(path: str | Path, line: int, row: dict[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value:
         raise DataError(f"{path}:{line}: {key} is {value!r}; expected a text")
     return value
-
-
-def prompt_ids(tokenizer, instruction: str) -> list[int]:
-    """Token ids that ask for the response: the chat template's, or a plain template's."""
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": instruction}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    else:
-        text = (tokenizer.bos_token or "") + PLAIN_TEMPLATE.format(instruction)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def response_ids(tokenizer, response: str) -> list[int]:
-    """Token ids of the response and the end of the turn."""
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-
-def encode_examples(tokenizer, examples: Iterable[Example], max_length: int) -> list[Encoded]:
-    """Prompt and response as one sequence, with labels on the response only.
-
-    A sequence longer than `max_length` tokens loses its end; one whose prompt leaves no
-    room for a response is left out.
-    """
-    encoded = []
-    for example in examples:
-        prompt = prompt_ids(tokenizer, example.instruction)
-        response = response_ids(tokenizer, example.response)[: max_length - len(prompt)]
-        if len(prompt) < max_length:
-            encoded.append(Encoded(prompt + response, [IGNORED] * len(prompt) + response))
-    return encoded
-
-
-def encode_labelled(tokenizer, rows: Iterable[Labelled], max_length: int) -> list[Encoded]:
-    """Texts, or pairs of texts, cut to `max_length` tokens, each with its label."""
-    encoded = []
-    for row in rows:
-        text = tokenizer(row.text, row.text_pair, truncation=True, max_length=max_length)
-        segments = text.get("token_type_ids", [])
-        encoded.append(Encoded(text["input_ids"], row.label, segments=segments))
-    return encoded

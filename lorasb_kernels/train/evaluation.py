@@ -1,6 +1,5 @@
 """Judging a model on held-out rows: exact numbers, choices, classes, scores."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -9,18 +8,9 @@ import torch
 from torch import nn
 
 from lorasb_kernels.train.batching import Collator
-from lorasb_kernels.train.data import (
-    IGNORED,
-    DataError,
-    Encoded,
-    Example,
-    Labelled,
-    encode_examples,
-    encode_labelled,
-    prompt_ids,
-    response_ids,
-)
-from lorasb_kernels.train.loss import token_losses
+from lorasb_kernels.train.data import DataError, Example, Labelled
+from lorasb_kernels.train.encoding import IGNORED, Encoded, Encoder
+from lorasb_kernels.train.loss import takes_logits_to_keep, token_losses
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -64,17 +54,18 @@ def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
     return (p @ y / spread).item() if spread > 0 else 0.0
 
 
+CLASSIFICATION_METRICS = {"accuracy": accuracy, "matthews": matthews, "pearson": pearson}
+
 Progress = Callable[[Sequence], Iterator]
 
 
 def evaluate(
     model: nn.Module,
-    tokenizer,
+    encoder: Encoder,
     rows: Sequence[Example] | Sequence[Labelled],
     metric: str,
     *,
     batch_size: int,
-    max_length: int,
     max_new_tokens: int = 256,
     progress: Progress = iter,
 ) -> float:
@@ -82,13 +73,12 @@ def evaluate(
 
     Args:
         model: a causal language model, or a classifier for labelled rows.
-        tokenizer: its tokenizer.
+        encoder: encodes the rows as in training.
         rows: examples for `loss`, `numeric`, `choice`; labelled texts for the others.
         metric: `loss` (mean over response tokens, nats), `numeric` (share of greedy answers
             whose final number is the response's), `choice` (share of examples whose likeliest
             choice is the response), `accuracy`, `matthews`, `pearson`.
         batch_size: samples a forward pass.
-        max_length: tokens a sample.
         max_new_tokens: length of a generated answer.
         progress: wraps the sequence of batches.
 
@@ -97,13 +87,15 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    judge = {"loss": _loss, "numeric": _numeric, "choice": _choice}.get(metric)
     try:
         with torch.inference_mode():
-            if judge is None:
-                return _classified(model, tokenizer, rows, metric, batch_size, max_length, progress)
-            limits = (max_length, max_new_tokens)
-            return judge(model, tokenizer, rows, batch_size, limits, progress)
+            if metric == "loss":
+                return _loss(model, encoder, rows, batch_size, progress)
+            if metric == "numeric":
+                return _numeric(model, encoder, rows, batch_size, max_new_tokens, progress)
+            if metric == "choice":
+                return _choice(model, encoder, rows, batch_size, progress)
+            return _classified(model, encoder, rows, metric, batch_size, progress)
     finally:
         model.train(was_training)
 
@@ -114,27 +106,31 @@ def _batches(rows: Sequence, size: int, length: Callable) -> list[list]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _on_device(model: nn.Module, collator: Collator, samples: Sequence[Encoded]) -> dict:
+def _inputs(model: nn.Module, encoder: Encoder, samples: Sequence[Encoded]) -> dict:
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in collator(samples).items()}
+    batch = Collator(encoder.pad_token_id)(samples)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _loss(model, tokenizer, rows, batch_size, limits, progress) -> float:
-    samples = encode_examples(tokenizer, rows, limits[0])
-    collator = Collator(tokenizer.pad_token_id)
+def _unlabelled(prompts: Sequence[list[int]]) -> list[Encoded]:
+    return [Encoded(prompt, [IGNORED] * len(prompt)) for prompt in prompts]
+
+
+def _loss(model, encoder, rows, batch_size, progress) -> float:
     total = tokens = 0.0
+    samples = encoder.examples(rows)
     for batch in progress(_batches(samples, batch_size, lambda s: len(s.input_ids))):
-        losses, counted = token_losses(model, _on_device(model, collator, batch))
+        losses, labelled = token_losses(model, _inputs(model, encoder, batch))
         total += losses.sum().item()
-        tokens += counted.sum().item()
+        tokens += labelled.sum().item()
     return total / tokens
 
 
-def _numeric(model, tokenizer, rows, batch_size, limits, progress) -> float:
+def _numeric(model, encoder, rows, batch_size, max_new_tokens, progress) -> float:
     right = 0
-    asked = [(prompt_ids(tokenizer, row.instruction)[-limits[0] :], row.response) for row in rows]
+    asked = [(encoder.prompt(row.instruction), row.response) for row in rows]
     for batch in progress(_batches(asked, batch_size, lambda pair: len(pair[0]))):
-        answers = generate(model, tokenizer, [prompt for prompt, _ in batch], limits[1])
+        answers = generate(model, encoder, [prompt for prompt, _ in batch], max_new_tokens)
         for answer, (_, response) in zip(answers, batch, strict=True):
             expected = final_number(response)
             if expected is None:
@@ -143,65 +139,58 @@ def _numeric(model, tokenizer, rows, batch_size, limits, progress) -> float:
     return right / len(rows)
 
 
-def generate(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy answers to tokenized prompts."""
-    samples = [Encoded(prompt, [IGNORED] * len(prompt)) for prompt in prompts]
-    batch = _on_device(model, Collator(tokenizer.pad_token_id), samples)
+def generate(model, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int):
+    """Greedy answers to tokenized prompts, as a list of texts."""
+    inputs = _inputs(model, encoder, _unlabelled(prompts))
     output = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=encoder.pad_token_id,
+        eos_token_id=encoder.tokenizer.eos_token_id,
     )
-    answers = output[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    answers = output[:, inputs["input_ids"].shape[1] :]
+    return encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def _choice(model, tokenizer, rows, batch_size, limits, progress) -> float:
+def _choice(model, encoder, rows, batch_size, progress) -> float:
     """Compares the choices at the first token where they part: one pass an example."""
-    asked = [_choice_prompt(tokenizer, row) for row in rows]
-    collator = Collator(tokenizer.pad_token_id)
+    asked = [_choice_prompt(encoder, row) for row in rows]
     right = 0
     for batch in progress(_batches(asked, batch_size, lambda item: len(item[0]))):
-        samples = [Encoded(prompt, [IGNORED] * len(prompt)) for prompt, _, _ in batch]
-        inputs = _on_device(model, collator, samples)
+        inputs = _inputs(model, encoder, _unlabelled([prompt for prompt, _, _ in batch]))
         del inputs["labels"]
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+        last_only = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        logits = model(**inputs, **last_only).logits[:, -1]
         for scores, (_, tokens, answer) in zip(logits, batch, strict=True):
             right += scores[tokens].argmax().item() == answer
     return right / len(rows)
 
 
-def _choice_prompt(tokenizer, row: Example) -> tuple[list[int], list[int], int]:
+def _choice_prompt(encoder: Encoder, row: Example) -> tuple[list[int], list[int], int]:
     """Prompt up to where the choices part, each choice's token there, index of the answer."""
-    if len(row.choices) < 2:
+    if len(set(row.choices)) < 2:
         raise DataError(f"choices are {row.choices!r}; the metric 'choice' needs two or more")
-    choices = [response_ids(tokenizer, choice) for choice in row.choices]
+    choices = [encoder.response(choice) for choice in row.choices]
     shared = 0
-    while len({tuple(choice[: shared + 1]) for choice in choices}) == 1:
+    while len({choice[shared] for choice in choices}) == 1:
         shared += 1
     tokens = [choice[shared] for choice in choices]
     if len(set(tokens)) < len(tokens):
         raise DataError(
             f"choices {row.choices!r} do not all part at the same token; expected short labels"
         )
-    prompt = prompt_ids(tokenizer, row.instruction) + choices[0][:shared]
+    prompt = encoder.prompt(row.instruction) + choices[0][:shared]
     return prompt, tokens, row.choices.index(row.response)
 
 
-def _classified(model, tokenizer, rows, metric, batch_size, max_length, progress) -> float:
-    samples = encode_labelled(tokenizer, rows, max_length)
-    collator = Collator(tokenizer.pad_token_id)
+def _classified(model, encoder, rows, metric, batch_size, progress) -> float:
     predictions, labels = [], []
+    samples = encoder.labelled(rows)
     for batch in progress(_batches(samples, batch_size, lambda s: len(s.input_ids))):
-        inputs = _on_device(model, collator, batch)
+        inputs = _inputs(model, encoder, batch)
         labels += inputs.pop("labels").tolist()
         logits = model(**inputs).logits.float()
         predictions += (logits.squeeze(-1) if metric == "pearson" else logits.argmax(-1)).tolist()
-    if not all(map(math.isfinite, predictions)):
-        return math.nan
-    return {"accuracy": accuracy, "matthews": matthews, "pearson": pearson}[metric](
-        predictions, labels
-    )
+    return CLASSIFICATION_METRICS[metric](predictions, labels)

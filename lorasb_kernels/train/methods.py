@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
-from lorasb_kernels.train.data import Encoded
+from lorasb_kernels.train.encoding import Encoded
 from lorasb_kernels.train.loss import sample_mean_loss
 
 ADAPTER_FOLDER = "adapter"

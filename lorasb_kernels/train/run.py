@@ -15,11 +15,10 @@ from lorasb_kernels.train.data import (
     DataError,
     Example,
     Labelled,
-    encode_examples,
-    encode_labelled,
     read_examples,
     read_labelled,
 )
+from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.evaluation import evaluate
 from lorasb_kernels.train.files import write_json
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
@@ -108,7 +107,7 @@ def finetune(
     *,
     judge_before: bool = False,
     callbacks: Sequence = (),
-) -> tuple[nn.Module, object, Result]:
+) -> tuple[nn.Module, Encoder, Result]:
     """Trains `config.model` on `train_rows`; goes on from the newest checkpoint, if any.
 
     Args:
@@ -120,7 +119,7 @@ def finetune(
         callbacks: more callbacks for transformers' Trainer.
 
     Returns:
-        the trained model, its tokenizer and the result.
+        the trained model, its encoder and the result.
 
     Raises:
         ConfigError: `output_dir` holds a run with other settings.
@@ -132,8 +131,9 @@ def finetune(
     clock = Clock()
     with clock.phase("load"):
         model, tokenizer = load_model(config, train_rows)
-        encode = encode_examples if config.task == "causal-lm" else encode_labelled
-        samples = encode(tokenizer, train_rows, config.max_length)
+        encoder = Encoder(tokenizer, config.max_length, config.system_prompt)
+        encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
+        samples = encode(train_rows)
         if not samples:
             raise DataError(f"no training row fits into max_length = {config.max_length} tokens")
         unpacked = samples
@@ -147,11 +147,10 @@ def finetune(
         with clock.phase("evaluate"):
             return evaluate(
                 model,
-                tokenizer,
+                encoder,
                 eval_rows,
                 config.evaluation,
                 batch_size=config.eval_batch_size,
-                max_length=config.max_length,
                 max_new_tokens=config.max_new_tokens,
                 progress=track(description) if arguments.process_index == 0 else iter,
             )
@@ -191,7 +190,7 @@ def finetune(
         save(model, tokenizer, config)
         write_json(output_dir / "result.json", result.to_dict())
     trainer.accelerator.wait_for_everyone()
-    return model, tokenizer, result
+    return model, encoder, result
 
 
 def claim(output_dir: Path, config: TrainConfig) -> None:
