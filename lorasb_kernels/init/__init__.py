@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "SignMatrix": "lorasb_kernels.init.sign_matrix",
     "TruncatedSVD": "lorasb_kernels.init.svd",
+    "estimate_gradients": "lorasb_kernels.init.estimate",
     "estimate_updates": "lorasb_kernels.init.estimate",
     "truncated_svd": "lorasb_kernels.init.svd",
     "truncated_svd_batch": "lorasb_kernels.init.svd",

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from lorasb_kernels.init.boundary_store import BoundaryStore
+from lorasb_kernels.init.boundary_store import BoundaryStore, ChangedInPlace
 from lorasb_kernels.init.ranks import FallBack
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size, slice)
@@ -91,10 +91,7 @@ class BlockCall:
         """
         if not self._gradients:
             return []
-        leaves = [
-            kept if isinstance(kept, _PLAIN) else kept.get().requires_grad_(edge is not None)
-            for kept, edge in zip(self._inputs, self._edges, strict=True)
-        ]
+        leaves = self._fetched_inputs()
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         outputs = pytree.tree_leaves(self._forward(*args, **kwargs))
         indices = list(self._gradients)
@@ -109,6 +106,15 @@ class BlockCall:
         if passed_on:
             torch.autograd.backward(*zip(*passed_on, strict=True), retain_graph=True)
         return [(norm, _norm(outputs[index])) for index, norm in self._norms.items()]
+
+    def _fetched_inputs(self) -> list[Any]:
+        try:
+            return [
+                kept if isinstance(kept, _PLAIN) else kept.get().requires_grad_(edge is not None)
+                for kept, edge in zip(self._inputs, self._edges, strict=True)
+            ]
+        except ChangedInPlace:
+            raise FallBack(f"an input of block {self.name} was changed in place") from None
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,9 @@ import weakref
 
 import torch
 
-from lorasb_kernels.init.ranks import FallBack
+
+class ChangedInPlace(Exception):
+    """A kept tensor was written to."""
 
 
 class Kept:
@@ -23,10 +25,10 @@ class Kept:
         """The tensor, detached.
 
         Raises:
-            FallBack: it was changed in place meanwhile.
+            ChangedInPlace: it is not as it was.
         """
         if self._tensor._version != self._version:
-            raise FallBack("a block's input was changed in place")
+            raise ChangedInPlace
         return self._tensor.detach()
 
 
@@ -94,4 +96,4 @@ class BoundaryStore:
         return Offloaded(tensor, self._streams[tensor.device])
 
 
-__all__ = ["BoundaryStore"]
+__all__ = ["BoundaryStore", "ChangedInPlace"]

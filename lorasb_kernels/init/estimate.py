@@ -67,10 +67,12 @@ def estimate_gradients(
 
     ℓ_i is the loss of sample i, and every sample weighs the same however the samples are
     cut into micro-batches; with `torch.distributed`, however they are dealt to the ranks.
-    Dropout is off. No gradient but the targets' is computed. Only a layer's own call
-    `x ↦ x Wᵀ` counts: a loss that reads W itself (weight decay, tied embeddings) adds
-    nothing. Whenever the caller holds control, the model is as it gave it: modes,
-    `requires_grad`, `.grad`, buffers, configuration, and the random number generators.
+    Dropout is off. No gradient but the targets' is computed. With float16 layers the loss
+    is scaled so that small gradients do not underflow, and the sums are scaled back. Only
+    a layer's own call `x ↦ x Wᵀ` counts: a loss that reads W itself (weight decay, tied
+    embeddings) adds nothing. Whenever the caller holds control, the model is as it gave
+    it: modes, `requires_grad`, `.grad`, buffers, configuration, and the random number
+    generators.
 
     Args:
         model: the model; under `DistributedDataParallel`, the module inside counts.
@@ -81,8 +83,9 @@ def estimate_gradients(
             its accumulators fit in the budget, else `layerwise`. Out of memory,
             `resident` is followed by `layerwise`; blocks that cannot be run alone, by
             `grouped`; each time a warning says so.
-        memory_budget: bytes for accumulators and stored block inputs; None for half of
-            what is free on the layers' device.
+        memory_budget: bytes for accumulators and, on a GPU, stored block inputs, beyond
+            which these wait in host memory; None for half of what is free on the layers'
+            device. `resident` takes what it needs.
         loss_fn: `loss_fn(model, batch)` returns per-sample losses [batch], or their mean
             as a scalar, which then counts as often as the batch has samples: the first
             dimension of its `labels`, else of its first tensor. None for
@@ -139,7 +142,9 @@ def _run(
 
 def _next_strategy(strategy: str, reason: str) -> str:
     if strategy == "grouped":
-        raise MemoryError(f"estimation with strategy 'grouped' ran {reason}")
+        raise MemoryError(
+            f"strategy 'grouped' gave up: {reason}; a smaller memory_budget makes smaller groups"
+        )
     following = "layerwise" if strategy == "resident" else "grouped"
     warnings.warn(f"strategy {strategy!r} gave up: {reason}; using {following!r}", stacklevel=3)
     return following

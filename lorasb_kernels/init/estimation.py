@@ -1,5 +1,6 @@
 """What the strategies share: the model, the samples, the sums, and the checks of a result."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from lorasb_kernels.init.estimation_mode import estimation_mode
 from lorasb_kernels.init.gradient_sums import GradientSums
 from lorasb_kernels.init.losses import summed_loss
 from lorasb_kernels.progress import progress_bar
+
+# Keeps float16 gradients above the smallest float16, 6e-8; a power of two rounds nothing.
+FLOAT16_LOSS_SCALE = 1024.0
 
 
 class Estimation:
@@ -43,6 +47,8 @@ class Estimation:
         self.memory_budget, self.progress = memory_budget, progress
         self.sums = GradientSums(layers)
         self.device = next(iter(layers.values())).weight.device
+        half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
+        self._loss_scale = FLOAT16_LOSS_SCALE if half else 1.0
         self._loss_fn = loss_fn
         self._zero: list[str] = []
 
@@ -61,8 +67,9 @@ class Estimation:
             raise
 
     def loss(self, index: int) -> torch.Tensor:
-        """The summed loss of micro-batch `index`; runs the forward pass."""
-        return summed_loss(self.model, self.batches[index], self._loss_fn, index)
+        """The summed loss of micro-batch `index`, scaled; runs the forward pass."""
+        total = summed_loss(self.model, self.batches[index], self._loss_fn, index)
+        return total if self._loss_scale == 1 else total.float() * self._loss_scale
 
     def bar(self, total: int, strategy: str):
         """A progress bar of `total` passes over a micro-batch."""
@@ -73,12 +80,16 @@ class Estimation:
 
         Raises:
             FloatingPointError: it is not finite.
+            ValueError: the layer was only ever run with gradients off.
         """
         total = ranks.sum_(self.sums.pop(name))
+        if self._loss_scale != 1:
+            total /= self._loss_scale
         low, high = (bound.item() for bound in torch.aminmax(total))
-        if not (torch.isfinite(torch.tensor([low, high])).all()):
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise FloatingPointError(self._locate_nonfinite(name))
         if low == high == 0:
+            self._refuse_gradients_off(name)
             self._zero.append(name)
         return total
 
@@ -99,14 +110,19 @@ class Estimation:
             stacklevel=2,
         )
 
+    def _refuse_gradients_off(self, name: str) -> None:
+        if name in self.sums.called_without_gradients and name not in self.sums.reached:
+            raise ValueError(
+                f"layer {name} is run with gradients off, so it has none; expected the model not "
+                "to use no_grad there, nor a reentrant checkpoint whose inputs do not require "
+                "grad (use_reentrant=False, or model.enable_input_require_grads())"
+            )
+
     def _why_zero(self, name: str) -> str:
         if name not in self.sums.called:
             return "takes no part in the forward pass"
         if name not in self.sums.reached:
-            return (
-                "is not reached by the backward pass (the loss does not depend on it, or it runs "
-                "inside a reentrant checkpoint whose inputs do not require grad)"
-            )
+            return "is not reached by the backward pass (the loss does not depend on it)"
         return "has gradients that are exactly zero (are all labels ignored?)"
 
     def _locate_nonfinite(self, name: str) -> str:

@@ -1,14 +1,16 @@
 """The state in which gradients are estimated, and its undoing.
 
 Inside: every module in eval mode (no dropout, running statistics not updated), every
-parameter frozen, no key-value cache, gradients enabled. Outside, also after an exception:
+parameter frozen, no key-value cache, gradients enabled, compiled code run eagerly (a graph
+compiled before the layers were tapped would pass the taps by). Outside, also after an exception:
 modes, `requires_grad` flags, buffers, configurations and random number generators are as
 they were. Parameters' `.grad` is never touched.
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -25,6 +27,7 @@ def estimation_mode(model: nn.Module) -> Iterator[None]:
         _buffers_kept(model),
         _frozen_eval(model),
         _cache_disabled(model),
+        _compilation_bypassed(),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -89,6 +92,13 @@ def _cache_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for config, use_cache in zip(configs, kept, strict=True):
             config.use_cache = use_cache
+
+
+def _compilation_bypassed() -> AbstractContextManager:
+    # Without dynamo loaded nothing is compiled, and loading it takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

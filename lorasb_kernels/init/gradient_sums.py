@@ -42,6 +42,7 @@ class GradientSums:
     def __init__(self, layers: dict[str, nn.Linear]):
         self.layers = layers
         self.called: set[str] = set()
+        self.called_without_gradients: set[str] = set()
         self.reached: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._anchors: dict[torch.device, torch.Tensor] = {}
@@ -80,6 +81,7 @@ class GradientSums:
     def _lay_tap(self, name, layer, args, kwargs, y):
         self.called.add(name)
         if not torch.is_grad_enabled():
+            self.called_without_gradients.add(name)
             return y
         x = args[0] if args else kwargs["input"]
         if y.device not in self._anchors:

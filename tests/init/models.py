@@ -74,6 +74,50 @@ def t5() -> nn.Module:
     return _seeded(T5ForConditionalGeneration, config)
 
 
+class Residual(nn.Module):
+    """A block of `Stack`: two linear layers around a ReLU that works in place."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+        self.dropout = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        hidden = torch.relu_(self.up(self.norm(x)))
+        return x + self.dropout(self.down(hidden))
+
+
+class Stack(nn.Module):
+    """A plain model: a linear layer before the blocks, one after; inputs [batch, width]."""
+
+    def __init__(self, width: int = 8, depth: int = 3):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.before = nn.Linear(width, width)
+            self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+            self.after = nn.Linear(width, 1)
+
+    def forward(self, x):
+        x = self.before(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.after(x)
+
+
+def stack_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Per-sample losses [batch] of a `Stack`."""
+    return model(batch).square().squeeze(1)
+
+
+def stack_batches(sizes: tuple[int, ...] = (3, 2), width: int = 8) -> list[torch.Tensor]:
+    """Random inputs for a `Stack`."""
+    generator = torch.Generator().manual_seed(2)
+    return list(torch.randn(sum(sizes), width, generator=generator).split(sizes))
+
+
 FAMILIES = {"llama": llama, "gemma2": gemma2, "roberta": roberta, "t5": t5}
 
 
@@ -131,4 +175,14 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
-__all__ = ["FAMILIES", "batches_for", "linear_names", "llama", "padded", "samples"]
+__all__ = [
+    "FAMILIES",
+    "Stack",
+    "batches_for",
+    "linear_names",
+    "llama",
+    "padded",
+    "samples",
+    "stack_batches",
+    "stack_loss",
+]

@@ -1,0 +1,311 @@
+"""Three strategies, one result; each within the memory and work that it promises."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lorasb_kernels.init import estimate as estimate_module
+from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init.gradient_sums import GradientSums
+from tests.init.models import (
+    FAMILIES,
+    Stack,
+    batches_for,
+    linear_names,
+    llama,
+    stack_batches,
+    stack_loss,
+)
+
+# Fits the accumulators of a few layers of the tiny models only.
+SMALL_BUDGET = 16_000
+
+
+def signs(model, batches, names, strategy, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return dict(estimate_updates(model, batches, names, strategy=strategy, **options))
+
+
+def assert_same_signs(model, batches, names, **options):
+    wanted = signs(model, batches, names, "resident", **options)
+    assert set(wanted) == set(names)
+    assert any(matrix.zeros() < matrix.shape.numel() for matrix in wanted.values())
+    for strategy, budget in (("layerwise", None), ("grouped", SMALL_BUDGET)):
+        found = signs(model, batches, names, strategy, memory_budget=budget, **options)
+        assert set(found) == set(names)
+        for name in names:
+            assert torch.equal(found[name].positive, wanted[name].positive), (strategy, name)
+            assert torch.equal(found[name].negative, wanted[name].negative), (strategy, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strategies_give_the_same_signs(family):
+    model = FAMILIES[family]()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    assert_same_signs(model, batches_for(family), names)
+
+
+def _blocks(model):
+    return model.model.layers if hasattr(model, "model") else model.encoder.block
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_gradient_checkpointing_changes_nothing(family, reentrant):
+    model = FAMILIES[family]()
+    names = linear_names(model)
+    batches = batches_for(family)
+    wanted = signs(model, batches, names, "resident")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for strategy in ("resident", "layerwise", "grouped"):
+        assert signs(model, batches, names, strategy) == wanted, strategy
+    assert all(layer.gradient_checkpointing for layer in _blocks(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated")
+def test_resident_checkpoints_blocks_if_the_model_does(monkeypatch):
+    model = llama()
+    calls = []
+    block = model.model.layers[1]
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    signs(model, batches_for("llama"), linear_names(model), "resident")
+    assert len(calls) == 3
+    model.gradient_checkpointing_enable()
+    calls.clear()
+    signs(model, batches_for("llama"), linear_names(model), "resident")
+    assert len(calls) == 6
+
+
+def test_bfloat16_gives_the_same_signs():
+    model = llama().bfloat16()
+    assert_same_signs(model, batches_for("llama"), linear_names(model))
+
+
+def test_custom_loss_and_layers_outside_the_blocks():
+    model = Stack()
+    names = linear_names(model)
+    assert {"before", "after"} < set(names)
+    assert_same_signs(model, stack_batches(), names, loss_fn=stack_loss)
+
+
+def test_targets_in_the_last_block_only():
+    model = llama()
+    names = [name for name in linear_names(model) if ".2." in name]
+    assert_same_signs(model, batches_for("llama"), names)
+
+
+def test_loss_that_runs_the_model_twice():
+    model = Stack()
+
+    def consistency(model, batch):
+        return (model(batch) - 0.5 * model(batch + 1)).square().squeeze(1)
+
+    assert_same_signs(model, stack_batches(), linear_names(model), loss_fn=consistency)
+
+
+def test_block_that_is_used_twice():
+    model = Stack()
+    model.blocks = nn.ModuleList([model.blocks[0], model.blocks[1], model.blocks[0]])
+    assert_same_signs(model, stack_batches(), linear_names(model), loss_fn=stack_loss)
+
+
+class _Accumulators:
+    """Watches how many bytes of accumulators live at a time."""
+
+    def __init__(self, monkeypatch):
+        self.peak = 0
+        allocate = GradientSums.allocate
+
+        def watched(sums, names):
+            allocate(sums, names)
+            self.peak = max(self.peak, sum(total.nbytes for total in sums._sums.values()))
+
+        monkeypatch.setattr(GradientSums, "allocate", watched)
+
+
+def test_accumulators_at_a_time(monkeypatch):
+    model = llama()
+    names = linear_names(model)
+    of_all = sum(4 * model.get_submodule(name).weight.numel() for name in names)
+    for strategy, budget, limit in [
+        ("resident", None, of_all),
+        ("layerwise", None, of_all // 3),
+        ("grouped", SMALL_BUDGET, SMALL_BUDGET),
+    ]:
+        watch = _Accumulators(monkeypatch)
+        for _ in estimate_updates(
+            model, batches_for("llama"), names, strategy=strategy, memory_budget=budget
+        ):
+            pass
+        assert watch.peak <= limit, strategy
+        assert strategy != "resident" or watch.peak == of_all
+
+
+def test_layerwise_runs_each_block_twice_and_keeps_no_activations():
+    model = Stack()
+    runs = []
+    for block in model.blocks:
+        block.up.register_forward_hook(lambda *_: runs.append(1))
+    batches = stack_batches()
+    signs(model, batches, linear_names(model), "layerwise", loss_fn=stack_loss)
+    assert len(runs) == 2 * len(model.blocks) * len(batches)
+
+
+def test_layerwise_skips_blocks_below_the_first_target():
+    model = Stack()
+    runs = []
+    model.blocks[0].up.register_forward_hook(lambda *_: runs.append(1))
+    names = ["blocks.1.up", "blocks.2.up"]
+    signs(model, stack_batches(), names, "layerwise", loss_fn=stack_loss)
+    assert len(runs) == 2
+
+
+def test_layerwise_yields_last_block_first_and_model_is_whole_between():
+    model = llama()
+    order = []
+    for name, _ in estimate_updates(
+        model, batches_for("llama"), linear_names(model), strategy="layerwise"
+    ):
+        order.append(int(name.split(".")[2]))
+        assert model.training
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert order == sorted(order, reverse=True)
+
+
+def chosen(monkeypatch, model, names, **options):
+    taken = []
+    for strategy in ("resident", "layerwise", "grouped"):
+        real = getattr(estimate_module, strategy)
+
+        def watched(*args, strategy=strategy, real=real):
+            taken.append(strategy)
+            return real(*args)
+
+        monkeypatch.setattr(estimate_module, strategy, watched)
+    dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss, **options))
+    return taken
+
+
+def test_auto_takes_what_the_budget_allows(monkeypatch):
+    model = Stack()
+    names = [name for name in linear_names(model) if name.startswith("blocks")]
+    everything = 3 * 2 * 4 * 8 * 16
+    assert chosen(monkeypatch, model, names, memory_budget=everything) == ["resident"]
+    assert chosen(monkeypatch, model, names, memory_budget=everything - 1) == ["layerwise"]
+    assert chosen(monkeypatch, model, ["before", "after"], memory_budget=256) == ["grouped"]
+    assert chosen(monkeypatch, model, names) == ["resident"]
+
+
+def test_block_larger_than_the_budget_goes_to_grouped(monkeypatch):
+    model = Stack()
+    names = linear_names(model)
+    with pytest.warns(UserWarning, match=r"'layerwise' gave up: accumulators take \d+ bytes"):
+        taken = chosen(monkeypatch, model, names, memory_budget=512)
+    assert taken == ["layerwise", "grouped"]
+
+
+def test_out_of_memory_in_resident_is_retried_as_layerwise(monkeypatch):
+    model = Stack()
+    names = linear_names(model)
+    wanted = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
+    allocate = GradientSums.allocate
+
+    def limited(sums, names):
+        allocate(sums, names)
+        if len(sums._sums) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GradientSums, "allocate", limited)
+    with pytest.warns(UserWarning, match="'resident' gave up: out of memory"):
+        found = dict(
+            estimate_updates(model, stack_batches(), names, loss_fn=stack_loss, strategy="resident")
+        )
+    assert found == wanted
+
+
+class Stateful(Stack):
+    """Blocks are scaled by what the model wrote into them for the current batch."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            original = block.forward
+            block.forward = lambda x, block=block, original=original: original(x) * block.scale
+
+    def forward(self, x):
+        for block in self.blocks:
+            block.scale = x.mean()
+        return super().forward(x)
+
+
+def with_cache(model, batch):
+    x = model.before(batch)
+    for block in model.blocks:
+        x = block(x, cache=object())
+    return model.after(x).squeeze(1)
+
+
+def changed_in_place(model, batch):
+    x, offset = model.before(batch), torch.zeros(())
+    for block in model.blocks:
+        x = block(x, offset)
+        offset += 1
+    return model.after(x).squeeze(1)
+
+
+def varying_depth(model, batch):
+    x = model.before(batch)
+    for block in list(model.blocks)[: len(batch)]:
+        x = block(x)
+    return model.after(x).squeeze(1)
+
+
+def test_blocks_that_read_outside_state_fall_back_to_grouped():
+    model = Stateful()
+    names = linear_names(model)
+    wanted = signs(model, stack_batches(), names, "resident", loss_fn=stack_loss)
+    with pytest.warns(UserWarning, match="'layerwise' gave up: block blocks.2 gave another output"):
+        found = dict(
+            estimate_updates(
+                model, stack_batches(), names, strategy="layerwise", loss_fn=stack_loss
+            )
+        )
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (with_cache, "block blocks.0 takes a object"),
+        (changed_in_place, "an input of block blocks.2 was changed in place"),
+        (varying_depth, "batches run through different sequences of blocks"),
+    ],
+)
+def test_blocks_that_cannot_be_run_alone_fall_back_to_grouped(loss, reason):
+    model = Stack()
+    for block in model.blocks:
+        original = block.forward
+        block.forward = lambda x, offset=0, cache=None, original=original: original(x + offset)
+    names = linear_names(model)
+    wanted = signs(model, stack_batches(), names, "resident", loss_fn=loss)
+    with pytest.warns(UserWarning, match=f"'layerwise' gave up: {reason}; using 'grouped'"):
+        found = dict(
+            estimate_updates(model, stack_batches(), names, strategy="layerwise", loss_fn=loss)
+        )
+    assert found == wanted
+
+
+def test_compiled_model_is_run_eagerly():
+    model = torch.compile(Stack(), backend="eager").eval()
+    batches = stack_batches()
+    model(batches[0])
+    names = linear_names(model)
+    assert all(name.startswith("_orig_mod.") for name in names)
+    found = signs(model, batches, names, "resident", loss_fn=stack_loss)
+    wanted = signs(Stack(), batches, linear_names(Stack()), "resident", loss_fn=stack_loss)
+    assert {name: found[f"_orig_mod.{name}"] for name in wanted} == wanted
