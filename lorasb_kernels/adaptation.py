@@ -9,6 +9,7 @@ from torch import nn
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.methods import initialize
 from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.shared_input import share_inputs
 from lorasb_kernels.targets import (
     adapted_layers,
     check_adaptable,
@@ -97,6 +98,8 @@ def install(
         layer.lora_R.requires_grad_(True)
     for module in saved.values():
         module.requires_grad_(True)
+    if config.share_inputs:
+        share_inputs(model)
     model.lorasb_config = config
 
 

@@ -85,6 +85,7 @@ class LoRASBLinear(nn.Linear):
         self.optimal_gradient = optimal_gradient
         self.init = init
         self.merged = False
+        self.shared_input = None  # set by `share_inputs`: the siblings computed together
         self._original_weight: torch.Tensor | None = None
         factory = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.register_buffer("lora_A", torch.empty(r, in_features, **factory))
@@ -208,6 +209,10 @@ class LoRASBLinear(nn.Linear):
         """Maps [..., n] to [..., m]."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        if self.shared_input is not None:
+            output = self.shared_input.forward(self, x)
+            if output is not None:
+                return output
         return lorasb_linear(
             x,
             self.weight,

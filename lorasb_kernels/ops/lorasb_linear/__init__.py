@@ -1,3 +1,3 @@
-from lorasb_kernels.ops.lorasb_linear.api import lorasb_linear
+from lorasb_kernels.ops.lorasb_linear.api import lorasb_group, lorasb_linear
 
-__all__ = ["lorasb_linear"]
+__all__ = ["lorasb_group", "lorasb_linear"]

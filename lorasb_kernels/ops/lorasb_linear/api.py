@@ -1,45 +1,13 @@
-"""The adapted linear layer, `y = x (W + s·B·R·A)ᵀ + bias`, and its gradients.
+"""The adapted linear layer as a function, and several of them on one input."""
 
-Composed of three operations and differentiable in `x` and `lora_R`:
-
-    forward    h, p  = shrink(x, A, R)            y  = expand(x, W, p, B, bias)
-    backward   q, dR = core_backward(dy, h, B, R)  dx = expand(dy, Wᵀ, q, Aᵀ)
-
-Only `h` (M·r elements) is kept for backward; `x` is not needed by either gradient.
-"""
+from collections.abc import Sequence
 
 import torch
 
 from lorasb_kernels.ops.backend import resolve_backend
-from lorasb_kernels.ops.core_backward import core_backward
 from lorasb_kernels.ops.dropout import new_seed
-from lorasb_kernels.ops.expand import expand
+from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
 from lorasb_kernels.ops.lorasb_linear.checks import check_arguments
-from lorasb_kernels.ops.shrink import shrink
-
-
-class _LoRASBLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout_p, seed, backend):
-        h, p = shrink(x, lora_A, lora_R, scaling, dropout_p, seed, backend)
-        y = expand(x, weight, p, lora_B, bias, 0.0, None, backend)
-        ctx.save_for_backward(h, weight, lora_A, lora_R, lora_B, seed)
-        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        h, weight, lora_A, lora_R, lora_B, seed = ctx.saved_tensors
-        if dy.stride(-1) != 1:
-            dy = dy.contiguous()
-        q, dR = core_backward(dy, h, lora_B, lora_R, ctx.scaling, ctx.backend)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = expand(dy, weight.T, q, lora_A.T, None, ctx.dropout_p, seed, ctx.backend)
-        if not ctx.needs_input_grad[3]:
-            dR = None
-        return dx, None, None, dR, None, None, None, None, None, None
 
 
 def lorasb_linear(
@@ -57,8 +25,8 @@ def lorasb_linear(
     """Applies a frozen linear layer with a LoRA-SB adapter (arXiv:2411.19557).
 
     Computes `x Wᵀ + s · drop(x) Aᵀ Rᵀ Bᵀ + bias`. Differentiable once, in `x` and
-    `lora_R`; everything else is frozen. Under autocast the operands are cast to its
-    dtype, `lora_R` excepted.
+    `lora_R`; everything else is frozen. Keeps `drop(x) Aᵀ` (M·r elements) for backward and
+    not `x`. Under autocast the operands are cast to its dtype, `lora_R` excepted.
 
     Args:
         x: [..., n], fp16, bf16 or fp32 (fp64 with the reference backend).
@@ -83,22 +51,84 @@ def lorasb_linear(
             outside [0, 1), an unknown backend.
         RuntimeError: a named backend that cannot run here.
     """
+    (y,) = lorasb_group(
+        x,
+        (weight,),
+        (lora_A,),
+        (lora_R,),
+        (lora_B,),
+        (bias,),
+        scaling,
+        dropout_p,
+        training,
+        backend,
+    )
+    return y
+
+
+def lorasb_group(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    lora_As: Sequence[torch.Tensor],
+    lora_Rs: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+    stacked_A: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Applies G adapted layers that read the same input (q, k, v; gate, up).
+
+    Equals G calls of `lorasb_linear`, but reads `x` once for all the adapters and gathers
+    the input gradients in place. Under dropout the layers share one mask.
+
+    Args:
+        x: [..., n].
+        weights, lora_As, lora_Rs, lora_Bs, biases: the operands of each layer, as
+            `lorasb_linear` takes them; one rank r with G·r ≤ 512, any numbers of outputs.
+        scaling, dropout_p, training, backend: as in `lorasb_linear`, common to the layers.
+        stacked_A: `torch.cat(lora_As)`, [G·r, n], where the caller keeps it.
+
+    Returns:
+        One [..., mᵢ] tensor for each layer.
+
+    Raises:
+        ValueError: lists of different lengths, different ranks, and what `lorasb_linear`
+            raises, as do TypeError and RuntimeError.
+    """
     device_type = x.device.type if isinstance(x, torch.Tensor) else "cpu"
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight, lora_A, lora_B = (t.to(dtype) for t in (x, weight, lora_A, lora_B))
-        bias = None if bias is None else bias.to(dtype)
-    check_arguments(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout_p)
+        x = x.to(dtype)
+        weights, lora_As, lora_Bs = (
+            [t.to(dtype) for t in ts] for ts in (weights, lora_As, lora_Bs)
+        )
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        stacked_A = None if stacked_A is None else stacked_A.to(dtype)
+    check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout_p)
     backend = resolve_backend(backend, x.device, x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     dropout_p = float(dropout_p) if training else 0.0
     seed = new_seed(x.device) if dropout_p > 0 else None
-    y = _LoRASBLinear.apply(
-        rows, weight, lora_A, lora_R, lora_B, bias, float(scaling), dropout_p, seed, backend
+    if stacked_A is None:
+        stacked_A = lora_As[0] if len(lora_As) == 1 else torch.cat(tuple(lora_As))
+    ys = LoRASBFunction.apply(
+        rows,
+        stacked_A,
+        float(scaling),
+        dropout_p,
+        seed,
+        backend,
+        *lora_Rs,
+        *weights,
+        *lora_Bs,
+        *biases,
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
-__all__ = ["lorasb_linear"]
+__all__ = ["lorasb_group", "lorasb_linear"]

@@ -1,4 +1,4 @@
-"""Argument checks of `lorasb_linear`: name the argument, what it was, what it should be."""
+"""Argument checks: each error names the argument, what it was and what it should be."""
 
 import math
 
@@ -7,7 +7,34 @@ import torch
 MAX_RANK = 512
 
 
-def check_arguments(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout_p) -> None:
+def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout_p) -> None:
+    """Checks the operands of every layer on `x`; the lists are those of `lorasb_group`."""
+    lists = {"lora_As": lora_As, "lora_Rs": lora_Rs, "lora_Bs": lora_Bs, "biases": biases}
+    if not weights:
+        raise ValueError("weights is empty; expected at least one layer")
+    for name, values in lists.items():
+        if len(values) != len(weights):
+            raise ValueError(f"{name} has {len(values)} items; expected {len(weights)}")
+    for weight, lora_A, lora_R, lora_B, bias in zip(weights, *lists.values(), strict=True):
+        _check_layer(x, weight, lora_A, lora_R, lora_B, bias)
+    ranks = {lora_R.shape[0] for lora_R in lora_Rs}
+    if len(ranks) > 1:
+        raise ValueError(f"lora_Rs have ranks {sorted(ranks)}; expected one rank")
+    if len(weights) * max(ranks) > MAX_RANK:
+        raise ValueError(
+            f"lora_Rs has {len(weights)} layers of rank {max(ranks)}; "
+            f"expected at most {MAX_RANK} ranks in all"
+        )
+    for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling}; expected a finite number")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+
+
+def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_R": lora_R, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
@@ -23,14 +50,6 @@ def check_arguments(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout_p)
             raise ValueError(
                 f"{name} requires grad; expected it frozen: only x and lora_R have gradients here"
             )
-    if not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling is a {type(scaling).__name__}; expected a float")
-    if not abs(scaling) < math.inf:  # also true of NaN, and traceable for a symbolic float
-        raise ValueError(f"scaling is {scaling}; expected a finite number")
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p is a {type(dropout_p).__name__}; expected a float")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor]) -> None:
