@@ -1,0 +1,118 @@
+"""Tile sizes of the sign kernels by architecture, and the reasons for them.
+
+Not measured: reasoned as in `tiles.py`, and checked by ahead-of-time compilation.
+
+Weight gradient (`sign_accumulate`, `sign_gradient`): a GEMM over the tokens. 128×128 with 8
+warps takes 64 accumulator registers a thread; a stage of 32 tokens of both operands is 16 KB
+in 16 bits, within sm_86's 99 KB at four stages. fp32 products take three tf32 terms and keep
+a high and a low part of both operands in registers: half the columns there.
+
+Packing: memory bound, no reuse: 16 KB of the accumulator a block.
+
+±1 product: a block expands a step of S once and multiplies it with up to 160 columns of Z, in
+tiles of 16, 32 or 64 (96 + 48, the width of a rank-96 range finder, costs 160). Their
+accumulators are at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at
+BLOCK_M = 64. A step of Z is 32·160·4 = 20 KB. Rows are taken 64 at a time where that gives
+every multiprocessor a block, else 32: all of Z is read from L2 by every block of rows.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+from lorasb_kernels.ops.tiles import ARCHITECTURES, INTERPRETER, Tile
+
+MAX_WIDTH = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightGradientTile(Tile):
+    """A block makes BLOCK_M × BLOCK_N of the gradient, BLOCK_K tokens a step."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PackTile(Tile):
+    """A block packs BLOCK_M × BLOCK_N elements."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SignMatmulTile(Tile):
+    """A block makes BLOCK_M rows, COLUMN_TILES · BLOCK_Q columns, BLOCK_K of S a step."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_Q: int
+    COLUMN_TILES: int
+
+
+def weight_gradient_tile(arch: str, dtype: torch.dtype) -> WeightGradientTile:
+    """The tile for products of operands of `dtype`."""
+    return WEIGHT_GRADIENT_TILES[arch][dtype.itemsize]
+
+
+def pack_tile(arch: str) -> PackTile:
+    """The tile that packs an accumulator."""
+    return _INTERPRETER_PACK if arch == INTERPRETER else _PACK
+
+
+def sign_matmul_tile(arch: str, rows: int, q: int, multiprocessors: int) -> SignMatmulTile:
+    """The tile for a product with `rows` rows and `q` columns."""
+    width, tiles = column_tiles(q)
+    if arch == INTERPRETER:
+        return SignMatmulTile(4, 1, BLOCK_M=32, BLOCK_K=64, BLOCK_Q=width, COLUMN_TILES=tiles)
+    tall = rows >= 64 * multiprocessors
+    return SignMatmulTile(
+        num_warps=4,
+        num_stages=3,
+        BLOCK_M=64 if tall else 32,
+        BLOCK_K=32,
+        BLOCK_Q=width,
+        COLUMN_TILES=tiles,
+    )
+
+
+def column_tiles(q: int) -> tuple[int, int]:
+    """Width and number of the tiles of one block that hold up to `MAX_WIDTH` columns of q."""
+    if q <= 16:
+        return 16, 1
+    blocks = -(-q // MAX_WIDTH)
+    return 32, -(-q // (32 * blocks))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_INTERPRETER_WEIGHT_GRADIENT = WeightGradientTile(4, 1, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32)
+_SINGLE_WEIGHT_GRADIENT = WeightGradientTile(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)
+WEIGHT_GRADIENT_TILES = {
+    INTERPRETER: {2: _INTERPRETER_WEIGHT_GRADIENT, 4: _INTERPRETER_WEIGHT_GRADIENT},
+    **{
+        arch: {2: WeightGradientTile(8, 4, 128, 128, 32), 4: _SINGLE_WEIGHT_GRADIENT}
+        for arch in ARCHITECTURES
+    },
+}
+_INTERPRETER_PACK = PackTile(4, 1, BLOCK_M=8, BLOCK_N=64)
+_PACK = PackTile(4, 1, BLOCK_M=16, BLOCK_N=256)
+
+__all__ = [
+    "PackTile",
+    "SignMatmulTile",
+    "WeightGradientTile",
+    "multiprocessors",
+    "pack_tile",
+    "sign_matmul_tile",
+    "weight_gradient_tile",
+]
