@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
+from lorasb_kernels.train.errors import ConfigError
+
 TASKS = ("causal-lm", "classification")
 ADAPTER_METHODS = ("lora-sb", "lora-xs")
 PEFT_METHODS = ("lora", "rslora", "pissa", "dora")
@@ -23,10 +25,6 @@ EVALUATIONS = {
     "classification": ("accuracy", "matthews", "pearson"),
 }
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, its value and what is expected."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class DataError(ValueError):
-    """A file or row that cannot be used; the message names the file and the line."""
+from lorasb_kernels.train.errors import DataError
 
 
 @dataclass(frozen=True)

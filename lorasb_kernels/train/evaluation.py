@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lorasb_kernels.train.batching import Collator
-from lorasb_kernels.train.data import DataError, Example, Labelled
+from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.encoding import IGNORED, Encoded, Encoder
+from lorasb_kernels.train.errors import DataError
 from lorasb_kernels.train.loss import takes_logits_to_keep, token_losses
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")

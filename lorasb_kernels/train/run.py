@@ -1,6 +1,8 @@
 """One training run from its configuration: load, prepare, train, evaluate, save."""
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +12,15 @@ import torch
 from torch import nn
 
 from lorasb_kernels.train.batching import Collator, pack
-from lorasb_kernels.train.config import ADAPTER_METHODS, ConfigError, TrainConfig
+from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.data import (
-    DataError,
     Example,
     Labelled,
     read_examples,
     read_labelled,
 )
 from lorasb_kernels.train.encoding import Encoder
+from lorasb_kernels.train.errors import ConfigError, DataError
 from lorasb_kernels.train.evaluation import evaluate
 from lorasb_kernels.train.files import write_json
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
@@ -152,7 +154,7 @@ def finetune(
                 config.evaluation,
                 batch_size=config.eval_batch_size,
                 max_new_tokens=config.max_new_tokens,
-                progress=track(description) if arguments.process_index == 0 else iter,
+                progress=track(description) if is_main_process() else iter,
             )
 
     before = judge(f"{config.evaluation} before") if judge_before else None
@@ -163,9 +165,9 @@ def finetune(
             unpacked,
             tokenizer.pad_token_id,
             first_learning_rate(config, arguments, len(samples)),
-            progress=arguments.process_index == 0,
+            progress=is_main_process(),
         )
-    bars = [TrainingBar(f"train {config.method}")] if arguments.process_index == 0 else []
+    bars = [TrainingBar(f"train {config.method}")] if is_main_process() else []
     trainer = AdapterTrainer(
         config,
         model=model,
@@ -186,7 +188,7 @@ def finetune(
         losses=[(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log],
         seconds=clock.seconds,
     )
-    if arguments.process_index == 0:
+    if is_main_process():
         save(model, tokenizer, config)
         write_json(output_dir / "result.json", result.to_dict())
     trainer.accelerator.wait_for_everyone()
@@ -203,7 +205,6 @@ def claim(output_dir: Path, config: TrainConfig) -> None:
     if not path.exists():
         write_json(path, config.to_dict())
         return
-    import json
 
     stored, own = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
     for name in own:
@@ -225,3 +226,8 @@ def save(model: nn.Module, tokenizer, config: TrainConfig) -> None:
         name = "model" if config.method == "full" else ADAPTER_FOLDER
         model.save_pretrained(output_dir / name)
         tokenizer.save_pretrained(output_dir / name)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0

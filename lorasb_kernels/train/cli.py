@@ -1,0 +1,48 @@
+"""The command line: `lorasb <command>`; each command is a module of `commands`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lorasb_kernels.train.errors import InputError
+
+COMMANDS = {
+    "train": "fine-tune a model with LoRA-SB, LoRA-XS, peft's adapters or in full",
+    "demo": "fine-tune SmolLM2-135M on headlines, in minutes on a CPU",
+    "demo-compare": "compare methods on a small encoder, over seeds and learning rates",
+    "describe": "show what an adapter costs, before or after training",
+    "merge": "merge an adapter into its base model and save a plain model",
+    "version": "show the versions of the library and of what it runs on",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; nothing heavy is imported."""
+    parser = argparse.ArgumentParser(prog="lorasb", description="Fine-tuning with LoRA-SB.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"lorasb_kernels.train.commands.{name.replace('-', '_')}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status, 2 for input that cannot be used."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("lorasb_kernels"):
+            raise
+        print(f"lorasb: {error}; expected `pip install lorasb_kernels[train]`", file=sys.stderr)
+    except InputError as error:
+        print(f"lorasb: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

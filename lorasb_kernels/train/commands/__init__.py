@@ -1,0 +1,1 @@
+"""The commands of `lorasb`, one a module: `add_arguments(parser)` and `run(options)`."""

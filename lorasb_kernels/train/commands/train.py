@@ -1,0 +1,90 @@
+"""Fine-tune a model.
+
+Settings come from a preset, then a YAML or JSON file, then flags, later ones first. With
+several methods each trains in its own folder under output_dir, and one plot compares them.
+A run that was interrupted goes on from its newest checkpoint when it is started again.
+
+    lorasb train --preset arithmetic --model <folder or hub id> --data train.jsonl \
+        --eval-data test.jsonl --output-dir out/run
+"""
+
+import argparse
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from lorasb_kernels.train.config import METHODS, fields, load_file, preset_names, resolve
+
+MANY = {"method", "target_modules", "report_to"}  # flags that take several values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag a setting, and the file and preset they override."""
+    parser.add_argument("--config", help="YAML or JSON file of settings")
+    parser.add_argument("--preset", choices=preset_names(), help="the papers' hyperparameters")
+    for name, field in fields().items():
+        flag = f"--{name.replace('_', '-')}"
+        shown = "" if field.default is not None and not isinstance(field.default, str) else " "
+        help_text = (
+            f"default {field.default!r}" if isinstance(field.default, (int, float, str)) else shown
+        )
+        if field.type is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
+            )
+            continue
+        many = {"nargs": "+"} if name in MANY else {}
+        choices = {"choices": METHODS} if name == "method" else {}
+        parser.add_argument(flag, type=_kind(field.type), help=help_text, **many, **choices)
+
+
+def _kind(annotation: Any) -> type:
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+    kinds = [member for member in (members or (annotation,)) if member in (int, float, str)]
+    return kinds[0] if kinds else str
+
+
+def given_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags; one target stands for a pattern."""
+    given = {n: v for n in fields() if (v := getattr(options, n)) is not None}
+    for name in ("method", "target_modules"):
+        if name in given and len(given[name]) == 1:
+            given[name] = given[name][0]
+    if options.preset:
+        given["preset"] = options.preset
+    return given
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains each method in turn and reports."""
+    settings = (load_file(options.config) if options.config else {}) | given_flags(options)
+    methods = settings.get("method", "lora-sb")
+    if isinstance(methods, str):
+        configs = [resolve(settings)]
+    else:
+        folder = Path(settings.get("output_dir", ""))
+        configs = [
+            resolve(settings, {"method": method, "output_dir": str(folder / method)})
+            for method in methods
+        ]
+
+    from transformers.utils import logging
+
+    from lorasb_kernels.train.plots import plot_losses
+    from lorasb_kernels.train.progress import console
+    from lorasb_kernels.train.run import finetune, is_main_process, read
+    from lorasb_kernels.train.summary import runs_table
+
+    logging.disable_progress_bar()
+    train_rows = read(configs[0], configs[0].data)
+    eval_rows = read(configs[0], configs[0].eval_data) if configs[0].eval_data else ()
+    results = [finetune(config, train_rows, eval_rows)[2] for config in configs]
+    if is_main_process():
+        folder = Path(configs[0].output_dir)
+        plot = (folder if len(configs) == 1 else folder.parent) / "loss.png"
+        curves = {result.config.method: result.losses for result in results}
+        plot_losses(curves, plot, f"{Path(configs[0].model).name}, r = {configs[0].r}")
+        console.print(runs_table(results))
+        console.print(f"loss curve: {plot}")
+    return 0

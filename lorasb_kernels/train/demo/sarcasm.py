@@ -1,0 +1,140 @@
+"""The demonstration: SmolLM2-135M-Instruct learns to tell sarcastic headlines from others.
+
+LoRA-SB at r = 16 on all 210 linear layers trains 53,760 numbers. From a real model and real
+data to a merged model that plain transformers loads.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from lorasb_kernels import merge_and_unload
+from lorasb_kernels.train.config import TrainConfig
+from lorasb_kernels.train.data import Example
+from lorasb_kernels.train.demo import assets, headlines
+from lorasb_kernels.train.encoding import Encoder
+from lorasb_kernels.train.errors import InputError
+from lorasb_kernels.train.evaluation import generate
+from lorasb_kernels.train.files import atomic_folder
+from lorasb_kernels.train.plots import plot_losses
+from lorasb_kernels.train.progress import console
+from lorasb_kernels.train.run import Clock, Result, finetune
+from lorasb_kernels.train.summary import minutes, standard_error
+
+STEPS = 60
+BATCH = 16
+HELD_OUT = 300
+LEARNING_RATE = 2e-3
+QUESTION = "Sarcastic? {}"
+ANSWERS = ("no", "yes")
+
+
+def as_example(headline: headlines.Headline) -> Example:
+    """The headline as a question that is answered `yes` or `no`."""
+    return Example(QUESTION.format(headline.text), ANSWERS[headline.label], ANSWERS)
+
+
+def demo_config(model: Path, output_dir: Path) -> TrainConfig:
+    """The settings of the demonstration."""
+    return TrainConfig(
+        model=str(model),
+        data="headlines",
+        output_dir=str(output_dir),
+        method="lora-sb",
+        r=16,
+        learning_rate=LEARNING_RATE,
+        warmup_ratio=0.06,
+        batch_size=BATCH,
+        max_steps=STEPS,
+        max_length=128,
+        system_prompt="",
+        init_minimum=64,
+        evaluation="choice",
+        eval_batch_size=50,
+        save_steps=20,
+    )
+
+
+def run_demo(output_dir: str) -> Result:
+    """Runs the demonstration and prints what came of it.
+
+    Args:
+        output_dir: receives the checkpoints, `adapter/`, `merged/`, `loss.png` and
+            `result.json`. An earlier demonstration in it is replaced.
+
+    Raises:
+        AssetError: the model or the data cannot be fetched.
+        InputError: `output_dir` holds something else.
+    """
+    start = time.perf_counter()
+    logging.disable_progress_bar()
+    folder = Path(output_dir)
+    clear(folder)
+    clock = Clock()
+    with clock.phase("fetch and convert"):
+        model_folder = assets.smollm2()
+        split = headlines.load()
+    train_rows = [as_example(headline) for headline in split.train[: STEPS * BATCH]]
+    test_rows = [as_example(headline) for headline in split.test[:HELD_OUT]]
+    config = demo_config(model_folder, folder)
+    model, encoder, result = finetune(config, train_rows, test_rows, judge_before=True)
+    with clock.phase("merge and export"):
+        merge_and_unload(model, safe_merge=True)
+        with atomic_folder(folder / "merged") as building:
+            model.save_pretrained(building)
+            encoder.tokenizer.save_pretrained(building)
+    with clock.phase("answer"):
+        question = test_rows[0].instruction
+        answer = ask(folder / "merged", encoder, question)
+    plot_losses({"LoRA-SB, r = 16": result.losses}, folder / "loss.png", "SmolLM2-135M, headlines")
+    result.seconds |= clock.seconds | {"total": time.perf_counter() - start}
+    console.print(summary(result, question, answer, folder))
+    return result
+
+
+def clear(folder: Path) -> None:
+    """Removes an earlier demonstration.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").exists():
+        raise InputError(f"output_dir is {str(folder)!r}; expected a new folder or an old demo's")
+    shutil.rmtree(folder)
+
+
+def ask(merged: Path, encoder: Encoder, question: str) -> str:
+    """The exported model's answer, as plain transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    return generate(model, encoder, [encoder.prompt(question)], max_new_tokens=8)[0]
+
+
+def summary(result: Result, question: str, answer: str, folder: Path) -> Table:
+    """What was trained, what it reached, how long each part took, where things are."""
+    table = Table(title="LoRA-SB demonstration", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    losses = [loss for _, loss in result.losses]
+    error = standard_error(result.after, HELD_OUT)
+    table.add_row("model", "SmolLM2-135M-Instruct, 210 linear layers, r = 16")
+    table.add_row("trained", f"{result.trainable:,} numbers, {result.steps} steps of {BATCH}")
+    table.add_row("loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")
+    table.add_row(
+        "accuracy",
+        f"{result.before:.3f} → {result.after:.3f} (± {error:.3f}, {HELD_OUT} held-out headlines)",
+    )
+    table.add_row("asked", question)
+    table.add_row("answered", answer)
+    table.add_section()
+    for phase, seconds in result.seconds.items():
+        table.add_row(phase, minutes(seconds))
+    table.add_section()
+    for name, path in (("adapter", "adapter"), ("merged model", "merged"), ("plot", "loss.png")):
+        table.add_row(name, str(folder / path))
+    return table
