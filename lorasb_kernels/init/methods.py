@@ -7,7 +7,7 @@ orthogonal   random orthonormal A and B, R = 0
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimate import estimate_updates
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.init.svd import SVDReport, truncated_svd
+from lorasb_kernels.init.svd import BATCH, SVDReport, truncated_svd, truncated_svd_batch
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,21 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 
 
 def lora_sb(
-    signs: SignMatrix, r: int, eta: float, scaling: float, generator: torch.Generator
-) -> Adapter:
-    """LoRA-SB: rank-r approximation of the update `−η·signs`, B and A orthonormal.
+    signs: Sequence[SignMatrix], r: int, eta: float, scaling: float, generator: torch.Generator
+) -> list[Adapter]:
+    """LoRA-SB: rank-r approximations of the updates `−η·signs`, B and A orthonormal.
 
     Args:
-        signs: sign of the summed gradient, [m, n].
+        signs: signs of the summed gradients of layers of one shape, [m, n].
         r: rank.
         eta: η, the step of the update.
         scaling: s.
         generator: draws the start of the SVD.
     """
-    svd = truncated_svd(signs, r, generator=generator)
-    return Adapter(svd.V.T, torch.diag(svd.S * (eta / scaling)), -svd.U, svd.report)
+    return [
+        Adapter(svd.V.T, torch.diag(svd.S * (eta / scaling)), -svd.U, svd.report)
+        for svd in truncated_svd_batch(signs, r, generator=generator)
+    ]
 
 
 def noise(
@@ -100,6 +102,26 @@ def orthogonal(weight: torch.Tensor, r: int, generator: torch.Generator) -> Adap
     return Adapter(A.T, torch.zeros(r, r), B)
 
 
+def _lora_sb_in_batches(
+    updates: Iterable[tuple[str, SignMatrix]], config: LoRASBConfig, eta: float
+) -> Iterator[tuple[str, Adapter]]:
+    """Decomposes layers of one shape together; the packed signs cost little while they wait."""
+    waiting: dict[torch.Size, dict[str, SignMatrix]] = {}
+
+    def decompose(shape: torch.Size) -> Iterator[tuple[str, Adapter]]:
+        layers = waiting.pop(shape)
+        generator = torch.Generator().manual_seed(config.seed)
+        adapters = lora_sb(list(layers.values()), config.r, eta, config.s, generator)
+        return zip(layers, adapters, strict=True)
+
+    for name, signs in updates:
+        waiting.setdefault(signs.shape, {})[name] = signs
+        if len(waiting[signs.shape]) == BATCH:
+            yield from decompose(signs.shape)
+    for shape in list(waiting):
+        yield from decompose(shape)
+
+
 def initialize(
     model: nn.Module,
     targets: dict[str, nn.Linear],
@@ -117,15 +139,12 @@ def initialize(
         updates = estimate_updates(
             model, batches, list(targets), loss_fn=loss_fn, progress=progress
         )
+        if config.init == "lora-sb":
+            yield from _lora_sb_in_batches(updates, config, eta)
+            return
         for name, signs in updates:
             generator = layer_generator(config.seed, name)
-            if config.init == "lora-sb":
-                yield name, lora_sb(signs, config.r, eta, config.s, generator)
-            else:
-                yield (
-                    name,
-                    noise(signs, config.r, eta, config.s, config.noise_std, generator),
-                )
+            yield name, noise(signs, config.r, eta, config.s, config.noise_std, generator)
         return
     for name, linear in targets.items():
         generator = layer_generator(config.seed, name)
