@@ -67,9 +67,9 @@ def projection_kernel(
     offsets_k = tl.arange(0, BLOCK_K)
     first = split * columns_per_split
     last = tl.minimum(first + columns_per_split, n)
-    columns = (first + offsets_k).to(tl.int64)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xn
-    a_ptrs = a_ptr + columns[:, None] * stride_an + ranks.to(tl.int64)[None, :] * stride_ar
+    ks = (first + offsets_k).to(tl.int64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xn
+    a_ptrs = a_ptr + ks[:, None] * stride_an + ranks.to(tl.int64)[None, :] * stride_ar
     if DROPOUT:
         seed = tl.load(seed_ptr)
 

@@ -34,7 +34,6 @@ import functools
 
 import torch
 
-RANK_TILE_WIDTHS = (64, 32)
 INTERPRETER = "interpreter"
 _INTERPRETER_SMS = 8
 
@@ -76,12 +75,16 @@ class ExpandTile(Tile):
 
 
 def rank_tiles(r: int) -> tuple[int, int]:
-    """Width and number of the tiles that hold a rank: the widest that pad no further than
-    to a multiple of 32 (of 16 for ranks up to 16)."""
+    """Width and number of the tiles that hold a rank.
+
+    Ranks are padded to 16, or to a multiple of 32 up to 256 and of 64 above: 24 costs 32,
+    96 costs 96, 300 costs 320. Of the widths 64 and 32 the wider that pads no more.
+    """
     if r <= 16:
         return 16, 1
-    padded = -(-r // 32) * 32
-    width = next(width for width in RANK_TILE_WIDTHS if padded % width == 0)
+    step = 32 if r <= 256 else 64
+    padded = -(-r // step) * step
+    width = 64 if padded % 64 == 0 else 32
     return width, padded // width
 
 
@@ -150,34 +153,44 @@ def _by_itemsize(half, single):
     return {2: half, 4: single}
 
 
-_AMPERE_PROJECTION = _by_itemsize(
-    {
-        64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4),
-        128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
-        256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
-        512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=2),
-    },
-    {
-        64: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=4),
-        128: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
-        256: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=3),
-        512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=2),
-    },
-)
+def _ampere_projection(num_stages: int):
+    """sm_80 has shared memory for one stage more than sm_86 and sm_89."""
+    return _by_itemsize(
+        {
+            32: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=num_stages + 1),
+            64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages + 1),
+            128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages),
+            192: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
+            # Seven tiles of 32: the core's operands would spill with 32 rows.
+            224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=num_stages),
+            256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
+            512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=2),
+        },
+        {
+            64: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=num_stages),
+            128: ProjectionTile(BLOCK_M=32, BLOCK_K=16, num_warps=8, num_stages=num_stages),
+            256: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=num_stages),
+            512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=2),
+        },
+    )
+
+
 _HOPPER_PROJECTION = _by_itemsize(
     {
         128: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
+        192: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
+        224: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
     },
-    _AMPERE_PROJECTION[4],
+    _ampere_projection(num_stages=3)[4],
 )
 _INTERPRETER_PROJECTION = {512: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=2)}
 PROJECTION_TILES = {
     INTERPRETER: _by_itemsize(_INTERPRETER_PROJECTION, _INTERPRETER_PROJECTION),
-    "sm_80": _AMPERE_PROJECTION,
-    "sm_86": _AMPERE_PROJECTION,
-    "sm_89": _AMPERE_PROJECTION,
+    "sm_80": _ampere_projection(num_stages=4),
+    "sm_86": _ampere_projection(num_stages=3),
+    "sm_89": _ampere_projection(num_stages=3),
     "sm_90": _HOPPER_PROJECTION,
 }
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")

@@ -1,0 +1,318 @@
+"""What the Triton kernels take of a GPU, without one: registers, shared memory, occupancy.
+
+Compiles every kernel with every shipped tile ahead of time and reads the result: the cubin's
+resource usage by `cuobjdump`, which Triton carries, and the PTX for tensor-core instructions
+and the width of the asynchronous copies.
+
+    python -m lorasb_kernels.ops.resources --write docs/kernel_resources.md
+    python -m lorasb_kernels.ops.resources --arch sm_86 --kernel expand --json
+
+Triton's interpreter must be off: it replaces the kernels as they are imported.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lorasb_kernels.files import write_text
+from lorasb_kernels.ops.core_backward.triton import gradient_kernel
+from lorasb_kernels.ops.expand.triton import BLOCK_R, GROUP_M, expand_kernel
+from lorasb_kernels.ops.projection import projection_kernel
+from lorasb_kernels.ops.tiles import (
+    ARCHITECTURES,
+    Tile,
+    expand_tile,
+    gradient_tile,
+    projection_tile,
+    rank_tiles,
+)
+
+KERNELS = ("projection", "gradient", "expand")
+DTYPES = ("bfloat16", "float16", "float32")
+RANKS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Limits of one architecture (CUDA programming guide, compute capabilities)."""
+
+    shared_per_block: int
+    shared_per_sm: int
+    warps_per_sm: int
+    blocks_per_sm: int
+    registers_per_sm: int = 65536
+
+
+DEVICES = {
+    "sm_80": Device(163 * 1024, 164 * 1024, 64, 32),
+    "sm_86": Device(99 * 1024, 100 * 1024, 48, 16),
+    "sm_89": Device(99 * 1024, 100 * 1024, 48, 24),
+    "sm_90": Device(227 * 1024, 228 * 1024, 64, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel as it would be launched: its arguments (a pointer by its type) and options."""
+
+    kernel: str
+    case: str
+    arch: str
+    dtype: str
+    tile: Tile
+    arguments: dict[str, object]
+    constants: dict[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a variant compiled to; `shared` in bytes, `occupancy` in warps over the maximum."""
+
+    kernel: str
+    case: str
+    arch: str
+    dtype: str
+    tile: str
+    registers: int
+    stack: int
+    shared: int
+    blocks_per_sm: int
+    occupancy: float
+    tensor_core: str
+    copies_of_16_bytes: int
+    narrower_copies: int
+
+
+def variants(arch: str, dtype: str, kernel: str) -> Iterator[Variant]:
+    """The variants of a kernel that the shipped tiles make, on shapes divisible by 16."""
+    build = {"projection": _projections, "gradient": _gradients, "expand": _expands}[kernel]
+    for case, tile, arguments, constants in build(arch, getattr(torch, dtype)):
+        constants["PRECISION"] = "tf32x3" if dtype == "float32" else "tf32"
+        yield Variant(kernel, case, arch, dtype, tile, arguments, constants)
+
+
+def _projections(arch: str, dtype: torch.dtype):
+    for r in RANKS:
+        width, tiles = rank_tiles(r)
+        tile = projection_tile(arch, dtype, r)
+        for split, dropout in ((False, False), (True, False), (True, True)):
+            arguments = {
+                **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr", "p_ptr"), "*"),
+                "r_ptr": "*fp32",
+                "partial_ptr": "*fp32" if split else None,
+                "arrived_ptr": "*i32" if split else None,
+                "seed_ptr": "*i64" if dropout else None,
+                **{"M": 8191, "n": 4096, "r": r, "stride_xm": 4096, "stride_xn": 1},
+                **{"stride_ar": 4096, "stride_an": 1, "stride_rj": r, "stride_ri": 1},
+                **{"splits": 7 if split else 1, "columns_per_split": 1024},
+                **{"scaling": 0.5, "keep_scale": 1.5, "threshold": 2**31 + 1},
+            }
+            constants = {
+                **{"DROPOUT": dropout, "SPLIT": split, "RANK_TILES": tiles, "BLOCK_R": width},
+            }
+            case = f"r={r}" + (", split" if split else "") + (", dropout" if dropout else "")
+            yield case, tile, arguments, constants
+
+
+def _gradients(arch: str, dtype: torch.dtype):
+    tile = gradient_tile(arch, dtype)
+    for r in (16, 96, 128):
+        width, _ = rank_tiles(r)
+        arguments = {
+            **dict.fromkeys(("g_ptr", "h_ptr"), "*"),
+            **dict.fromkeys(("dR_ptr", "partial_ptr"), "*fp32"),
+            "arrived_ptr": "*i32",
+            **{"M": 8191, "r": r, "splits": 7, "rows_per_split": 1024, "scaling": 0.5},
+        }
+        yield f"width={width}", tile, arguments, {"SPLIT": True, "BLOCK_R": width}
+
+
+def _expands(arch: str, dtype: torch.dtype):
+    for case, frozen_product, transposed, dropout in (
+        ("forward", True, False, False),
+        ("dx", True, True, False),
+        ("dx, dropout", True, True, True),
+        ("second call, dropout", False, True, True),
+    ):
+        arguments = {
+            **dict.fromkeys(("x_ptr", "weight_ptr"), "*" if frozen_product else None),
+            **dict.fromkeys(("p_ptr", "factor_ptr", "y_ptr"), "*"),
+            "bias_ptr": None if transposed else "*",
+            "seed_ptr": "*i64" if dropout else None,
+            **{"M": 8191, "N": 4096, "K": 4096, "r": 96, "stride_xm": 4096, "stride_xk": 1},
+            **{"stride_wn": 1 if transposed else 4096, "stride_wk": 4096 if transposed else 1},
+            **{"stride_fn": 1 if transposed else 96, "stride_fr": 4096 if transposed else 1},
+            **{"keep_scale": 1.5, "threshold": 2**31 + 1},
+        }
+        constants = {
+            **{"FROZEN_PRODUCT": frozen_product, "BIAS": not transposed, "DROPOUT": dropout},
+            **{"BLOCK_R": BLOCK_R, "GROUP_M": GROUP_M},
+        }
+        yield case, expand_tile(arch, dtype, dropout), arguments, constants
+
+
+def compile_variant(variant: Variant):
+    """Triton's compiled kernel for a variant."""
+    function = {
+        "projection": projection_kernel,
+        "gradient": gradient_kernel,
+        "expand": expand_kernel,
+    }[variant.kernel]
+    pointer = _POINTERS[variant.dtype]
+    arguments = {k: pointer if v == "*" else v for k, v in variant.arguments.items()}
+    constants = {**variant.constants, **variant.tile.launch_options()}
+    return compile_kernel(function, arguments, constants, variant.arch)
+
+
+def compile_kernel(function, arguments: dict[str, object], constants: dict[str, object], arch: str):
+    """Compiles a `triton.jit` function ahead of time as a launch with `arguments` would.
+
+    Args:
+        function: the jitted function.
+        arguments: runtime arguments by name: numbers, None, or `"*bf16"` and the like for a
+            pointer divisible by 16. None and 1 become constants, as Triton's launcher does.
+        constants: constexpr arguments, `num_warps` and `num_stages`.
+        arch: `"sm_86"` and so on.
+    """
+    if not isinstance(function, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set; unset it to compile kernels")
+    constants = dict(constants)
+    launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    signature, divisible = {}, {}
+    for index, name in enumerate(function.arg_names):
+        value = constants.get(name, arguments.get(name))
+        if name in constants or value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, str):
+            signature[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+            divisible[(index,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    source = ASTSource(function, signature, constants, divisible)
+    return triton.compile(source, target=target, options=launch)
+
+
+def report(variant: Variant) -> Report:
+    """Compiles a variant and reads what it takes."""
+    compiled = compile_variant(variant)
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    blocks = blocks_per_sm(variant.arch, registers, shared, variant.tile.num_warps)
+    widths = collections.Counter(
+        int(size, 0)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
+    )
+    block = {k: v for k, v in variant.tile.launch_options().items() if k.startswith("BLOCK")}
+    options = f"{variant.tile.num_warps} warps, {variant.tile.num_stages} stages"
+    return Report(
+        kernel=variant.kernel,
+        case=variant.case,
+        arch=variant.arch,
+        dtype=variant.dtype,
+        tile=f"{'×'.join(map(str, block.values()))}, {options}",
+        registers=registers,
+        stack=stack,
+        shared=shared,
+        blocks_per_sm=blocks,
+        occupancy=blocks * variant.tile.num_warps / DEVICES[variant.arch].warps_per_sm,
+        tensor_core="wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
+        copies_of_16_bytes=widths.pop(16, 0),
+        narrower_copies=sum(widths.values()),
+    )
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing).groups()
+    return int(registers), int(stack)
+
+
+def blocks_per_sm(arch: str, registers: int, shared: int, num_warps: int) -> int:
+    """Blocks resident on a multiprocessor: registers go by 256 a warp, 1 KB a block is taken."""
+    device = DEVICES[arch]
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    return min(
+        device.registers_per_sm // registers_per_warp // num_warps,
+        device.shared_per_sm // (shared + 1024),
+        device.warps_per_sm // num_warps,
+        device.blocks_per_sm,
+    )
+
+
+def markdown(reports: list[Report]) -> str:
+    """The table of `docs/kernel_resources.md`."""
+    lines = [
+        "# Registers, shared memory and occupancy of the Triton kernels",
+        "",
+        f"Compiled ahead of time by Triton {triton.__version__}, not measured; written by",
+        "`python -m lorasb_kernels.ops.resources --write docs/kernel_resources.md`.",
+        "Stack is what a thread spills, in bytes. Blocks and occupancy are for a multiprocessor;",
+        "occupancy is the share of its warp slots. Dynamic shapes and strides divisible by 16.",
+    ]
+    for arch in dict.fromkeys(r.arch for r in reports):
+        limit = DEVICES[arch].shared_per_block // 1024
+        lines += ["", f"## {arch} (shared memory ≤ {limit} KB a block)", ""]
+        lines += [
+            "| kernel | case | dtype | tile | registers | stack | shared KB | blocks | occupancy "
+            "| tensor cores |",
+            "|---|---|---|---|--:|--:|--:|--:|--:|---|",
+        ]
+        lines += [
+            f"| {r.kernel} | {r.case} | {r.dtype} | {r.tile} | {r.registers} | {r.stack} "
+            f"| {r.shared / 1024:.0f} | {r.blocks_per_sm} | {r.occupancy:.0%} | {r.tensor_core} |"
+            for r in reports
+            if r.arch == arch
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--case", help="only cases that match this regular expression")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--write", metavar="FILE", help="write the table here, not to the screen")
+    options = parser.parse_args(arguments)
+    reports = [
+        report(variant)
+        for arch in options.arch
+        for dtype in options.dtype
+        for kernel in options.kernel
+        for variant in variants(arch, dtype, kernel)
+        if options.case is None or re.fullmatch(options.case, variant.case)
+    ]
+    if options.json:
+        print(json.dumps([dataclasses.asdict(r) for r in reports]))
+    elif options.write:
+        write_text(options.write, markdown(reports))
+    else:
+        print(markdown(reports), end="")
+
+
+if __name__ == "__main__":
+    main()

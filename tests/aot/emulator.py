@@ -1,0 +1,112 @@
+"""Runs the Triton launchers on CPU tensors with the PTX that they compile to for sm_86.
+
+`ptxcheck` executes PTX on the CPU and reports what a GPU does not: accesses out of bounds,
+shared-memory races, reads of memory that nobody wrote. The launchers run as they are; only
+the kernel objects are replaced, and the device they believe to be on.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lorasb_kernels.ops import projection, tiles
+from lorasb_kernels.ops.core_backward import triton as core_backward
+from lorasb_kernels.ops.expand import triton as expand
+
+ARCH = "sm_86"
+CHECKS = {"check_races": True, "check_uninit": True, "check_overlap": True}
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def ptxcheck_folder() -> Path | None:
+    """Where `ptxcheck` is: `PTXCHECK_PATH`, or beside the checkout; None if nowhere."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "tools" / "ptxcheck"
+    folder = Path(os.environ.get("PTXCHECK_PATH", beside))
+    return folder if (folder / "ptxcheck").is_dir() else None
+
+
+class EmulatedKernel:
+    """Stands in for a jitted kernel: `kernel[grid](...)` compiles, then runs in the emulator."""
+
+    def __init__(self, function, log: list, options: dict):
+        self.function, self.log, self.options = function, log, options
+        self.arg_names = function.arg_names
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            from ptxcheck.triton_front import TritonKernel
+
+            from lorasb_kernels.ops.resources import compile_kernel
+
+            values = dict(zip(self.arg_names, arguments, strict=False))
+            types = {
+                name: _TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
+                for name, value in values.items()
+            }
+            compiled = compile_kernel(self.function, types, constants, ARCH)
+            runtime = [n for n in values if values[n] is not None and not _is_one(values[n])]
+            kernel = TritonKernel(compiled, runtime, {})
+            self.log.append(kernel(grid, *(values[n] for n in runtime), **self.options))
+
+        return launch
+
+
+def _is_one(value) -> bool:
+    return not isinstance(value, torch.Tensor) and value == 1
+
+
+@contextlib.contextmanager
+def emulated(multiprocessors: int = 8, **options):
+    """Within, Triton's launchers run emulated sm_86 code; yields the launches' statistics.
+
+    Args:
+        multiprocessors: of the device, which decides how far columns are split.
+        options: of the emulator, over the defaults of checking everything.
+    """
+    log: list = []
+    options = {**CHECKS, **options}
+    kernels = {
+        projection: "projection_kernel",
+        core_backward: "gradient_kernel",
+        expand: "expand_kernel",
+    }
+    with contextlib.ExitStack() as stack:
+        for module, name in kernels.items():
+            _replace(stack, module, name, EmulatedKernel(getattr(module, name), log, options))
+        for module in (projection, core_backward):
+            _replace(stack, module, "architecture", lambda device: ARCH)
+        _replace(stack, tiles, "_multiprocessors", lambda device: multiprocessors)
+        yield log
+
+
+def _replace(stack: contextlib.ExitStack, module, name: str, value) -> None:
+    stack.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)
+
+
+def read_bytes(log: list) -> int:
+    return sum(stats.global_read_bytes for stats in log)
+
+
+def write_bytes(log: list) -> int:
+    return sum(stats.global_write_bytes for stats in log)
+
+
+def close(measured: float, expected: float) -> bool:
+    """Within 5 %, the tolerance of the byte budgets."""
+    return math.isclose(measured, expected, rel_tol=0.05)
+
+
+folder = ptxcheck_folder()
+if folder is not None:
+    sys.path.insert(0, str(folder))

@@ -1,0 +1,191 @@
+"""The checks on emulated PTX; each is run by `test_ptx.py` in a process without interpreter."""
+
+import math
+import sys
+
+import numpy as np
+import torch
+
+from lorasb_kernels.ops.core_backward.triton import core_backward, rank_gradient
+from lorasb_kernels.ops.dropout import keep_mask
+from lorasb_kernels.ops.expand.triton import fused_expand, two_call_expand
+from lorasb_kernels.ops.shrink.triton import shrink
+from lorasb_kernels.ops.tiles import (
+    expand_tile,
+    gradient_tile,
+    projection_tile,
+    rank_tiles,
+    row_splits,
+)
+from tests.aot.emulator import ARCH, close, emulated, read_bytes, write_bytes
+from tests.contract import assert_within_contract
+from tests.ops.operands import as_tuple, dropout_seed, normal, oracle, reference, same_bits
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+SCALING = 0.75
+
+
+def bf16(*shape, seed=0):
+    return normal(*shape, dtype=BF16, device=CPU, seed=seed)
+
+
+def core_of(r):
+    return normal(r, r, dtype=torch.float32, device=CPU, seed=9) / math.sqrt(r)
+
+
+def compare(operation, outputs, *arguments):
+    eager, exact = reference(operation, *arguments), oracle(operation, *arguments)
+    for out, own, ref in zip(as_tuple(outputs), eager, exact, strict=True):
+        assert_within_contract(out, own, ref, name=operation)
+
+
+def shrink_arguments(M, n, r, dropout_p=0.0):
+    seed = dropout_seed(CPU) if dropout_p else None
+    x, lora_A = bf16(M, n), bf16(r, n, seed=1) / math.sqrt(n)
+    return x, lora_A, core_of(r), SCALING, dropout_p, seed
+
+
+def check_shrink():
+    """One block a row tile; odd sizes, scalar loads, dropout; a small n and a rank of 200."""
+    for M, n, r, dropout_p in (
+        (75, 200, 96, 0.0),
+        (3, 37, 3, 0.0),
+        (70, 144, 24, 0.3),
+        (20, 72, 200, 0.0),
+    ):
+        arguments = shrink_arguments(M, n, r, dropout_p)
+        with emulated(multiprocessors=1):
+            compare("shrink", shrink(*arguments), *arguments)
+
+
+def check_split_shrink():
+    """The last-arriving block finishes: the same bits under any order of blocks."""
+    arguments = shrink_arguments(75, 900, 96)
+    outputs = []
+    for options in (
+        {},
+        {"schedule_seed": 1},
+        {"schedule_seed": 2},
+        {"schedule_seed": 3},
+        {"cp_async": "early"},
+    ):
+        with emulated(multiprocessors=8, **options) as log:
+            outputs.append(shrink(*arguments))
+        assert sum(stats.atomic_ops for stats in log) == 8, "two row tiles, four blocks each"
+    compare("shrink", outputs[0], *arguments)
+    for other in outputs[1:]:
+        assert all(map(same_bits, outputs[0], other))
+
+
+def check_shrink_mask():
+    """The mask is exactly that of the seed."""
+    M, n = 40, 64
+    seed = dropout_seed(CPU)
+    identity = torch.eye(n, dtype=BF16)
+    with emulated():
+        h, _ = shrink(torch.ones(M, n, dtype=BF16), identity, torch.eye(n), 1.0, 0.4, seed)
+    assert torch.equal(h != 0, keep_mask(M, n, 0.4, seed))
+
+
+def check_shrink_strides():
+    """Row offsets beyond 2³¹ elements, transposed A and R, every other row."""
+    stride, n, r = 2**31 + 8, 40, 8
+    memory = torch.from_numpy(np.zeros(stride + n, dtype=np.int16)).view(BF16)
+    x, lora_A, core, *rest = shrink_arguments(2, n, r)
+    far = memory.as_strided((2, n), (stride, 1))
+    far.copy_(x)
+    with emulated():
+        near = shrink(x, lora_A, core, *rest)
+        assert all(map(same_bits, shrink(far, lora_A, core, *rest), near))
+    x, lora_A, core, *rest = shrink_arguments(60, 100, 25)
+    arguments = (x[::2, 7:], lora_A[:, 7:].T.contiguous().T, core.T, *rest)
+    with emulated():
+        compare("shrink", shrink(*arguments), *arguments)
+
+
+def check_core_backward():
+    """q and dR; dR in one part and in several, the same bits under any order of blocks."""
+    M, m, r = 150, 200, 96
+    arguments = (bf16(M, m), bf16(M, r, seed=1), bf16(m, r, seed=2), core_of(r), SCALING)
+    outputs = []
+    for options in ({}, {"schedule_seed": 1}, {"cp_async": "early"}):
+        with emulated(**options):
+            outputs.append(core_backward(*arguments))
+    compare("core_backward", outputs[0], *arguments)
+    for other in outputs[1:]:
+        assert all(map(same_bits, outputs[0], other))
+
+    g, h = bf16(1100, 40), bf16(1100, 40, seed=1)
+    assert row_splits(1100, gradient_tile(ARCH, BF16))[0] > 1
+    sums = []
+    for options in ({}, {"schedule_seed": 1}, {"schedule_seed": 2}):
+        with emulated(**options):
+            sums.append(rank_gradient(g, h, SCALING))
+    exact = SCALING * g.double().T @ h.double()
+    assert_within_contract(sums[0], SCALING * g.float().T @ h.float(), exact)
+    assert same_bits(sums[0], sums[1])
+    assert same_bits(sums[0], sums[2])
+
+
+def expand_arguments(M, N, K, r, transposed, dropout_p):
+    weight, factor = bf16(N, K, seed=1) / math.sqrt(K), bf16(N, r, seed=3) / math.sqrt(r)
+    if transposed:
+        weight, factor = weight.T.contiguous().T, factor.T.contiguous().T
+    bias = None if transposed else bf16(N, seed=4)
+    seed = dropout_seed(CPU) if dropout_p else None
+    return bf16(M, K), weight, bf16(M, r, seed=2), factor, bias, dropout_p, seed
+
+
+def check_expand():
+    """Forward and dx, even and odd, with and without the mask; both routes."""
+    for M, N, K, r, transposed, dropout_p in (
+        (150, 136, 200, 96, False, 0.0),
+        (33, 37, 35, 25, False, 0.0),
+        (150, 136, 200, 96, True, 0.0),
+        (70, 136, 72, 24, True, 0.3),
+    ):
+        arguments = expand_arguments(M, N, K, r, transposed, dropout_p)
+        tile = expand_tile(ARCH, BF16, dropout_p > 0)
+        with emulated():
+            y = fused_expand(*arguments, tile)
+            compare("expand", y, *arguments)
+            compare("expand", two_call_expand(*arguments, tile), *arguments)
+        with emulated(schedule_seed=1, cp_async="early"):
+            assert same_bits(y, fused_expand(*arguments, tile))
+
+
+def check_bytes():
+    """Requested global bytes: x, dy once, h, p, q, g, y written once; A, B, W once a tile."""
+    M, n, r = 256, 512, 96
+    row_tiles = M // projection_tile(ARCH, BF16, r).BLOCK_M
+    x, lora_A, core, *rest = shrink_arguments(M, n, r)
+    with emulated(multiprocessors=1) as log:
+        shrink(x, lora_A, core, *rest)
+    small = row_tiles * 2 * n * r + row_tiles * 4 * r * r
+    assert close(read_bytes(log), 2 * M * n + small)
+    assert close(read_bytes(log) - small, 2 * M * n), "x is read once"
+    assert write_bytes(log) == 2 * 2 * M * r
+
+    h, lora_B = bf16(M, r), bf16(n, r)
+    with emulated(multiprocessors=1) as log:
+        core_backward(x, h, lora_B, core, SCALING)
+    project, gradient = log
+    assert close(project.global_read_bytes - small, 2 * M * n), "dy is read once"
+    assert project.global_write_bytes == 2 * 2 * M * r
+    assert close(gradient.global_read_bytes, rank_tiles(r)[1] * 2 * 2 * M * r)
+    assert gradient.global_write_bytes == 4 * r * r
+
+    N = 256
+    tile = expand_tile(ARCH, BF16, False)
+    arguments = expand_arguments(M, N, n, r, False, 0.0)
+    with emulated() as log:
+        fused_expand(*arguments, tile)
+    reads = 2 * (n + r) * (M * (N // tile.BLOCK_N) + N * (M // tile.BLOCK_M))
+    assert close(read_bytes(log), reads)
+    assert write_bytes(log) == 2 * M * N
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty hands out NaN
+    globals()[f"check_{sys.argv[1]}"]()
