@@ -3,17 +3,17 @@
 Not measured: reasoned as in `tiles.py`, and checked by ahead-of-time compilation.
 
 Weight gradient (`sign_accumulate`, `sign_gradient`): a GEMM over the tokens. 128×128 with 8
-warps takes 64 accumulator registers a thread; a stage of 32 tokens of both operands is 16 KB
-in 16 bits, within sm_86's 99 KB at four stages. fp32 products take three tf32 terms and keep
-a high and a low part of both operands in registers: half the columns there.
+warps takes 64 accumulator registers a thread; 64 tokens of both operands are 32 KB in 16 bits,
+and two such steps in flight fit sm_86's 99 KB. fp32 products take three tf32 terms and keep a
+high and a low part of both operands in registers: half the columns there.
 
 Packing: memory bound, no reuse: 16 KB of the accumulator a block.
 
 ±1 product: a block expands a step of S once and multiplies it with up to 160 columns of Z, in
-tiles of 16, 32 or 64 (96 + 48, the width of a rank-96 range finder, costs 160). Their
-accumulators are at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at
-BLOCK_M = 64. A step of Z is 32·160·4 = 20 KB. Rows are taken 64 at a time where that gives
-every multiprocessor a block, else 32: all of Z is read from L2 by every block of rows.
+tiles of 32 (96 + 48, the width of a rank-96 range finder, costs 160). Their accumulators are
+at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at BLOCK_M = 64. A step of
+Z is 32·160·4 = 20 KB. Every block of rows reads all of Z from L2, so rows are taken 64 at a
+time where that gives each multiprocessor a block; else 32, with 8 warps, as 4 spill.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def sign_matmul_tile(arch: str, rows: int, q: int, multiprocessors: int) -> Sign
         return SignMatmulTile(4, 1, BLOCK_M=32, BLOCK_K=64, BLOCK_Q=width, COLUMN_TILES=tiles)
     tall = rows >= 64 * multiprocessors
     return SignMatmulTile(
-        num_warps=4,
+        num_warps=4 if tall else 8,
         num_stages=3,
         BLOCK_M=64 if tall else 32,
         BLOCK_K=32,
@@ -100,7 +100,7 @@ _SINGLE_WEIGHT_GRADIENT = WeightGradientTile(8, 3, BLOCK_M=128, BLOCK_N=64, BLOC
 WEIGHT_GRADIENT_TILES = {
     INTERPRETER: {2: _INTERPRETER_WEIGHT_GRADIENT, 4: _INTERPRETER_WEIGHT_GRADIENT},
     **{
-        arch: {2: WeightGradientTile(8, 4, 128, 128, 32), 4: _SINGLE_WEIGHT_GRADIENT}
+        arch: {2: WeightGradientTile(8, 3, 128, 128, 64), 4: _SINGLE_WEIGHT_GRADIENT}
         for arch in ARCHITECTURES
     },
 }

@@ -52,18 +52,19 @@ def gradient_tile(
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     token = tl.arange(0, BLOCK_K)
-    dy_ptrs = dy_ptr + token.to(tl.int64)[:, None] * stride_dy + rows[None, :]
+    # dy is loaded turned, not turned after loading: only so does Triton keep its loads in flight.
+    dy_ptrs = dy_ptr + token.to(tl.int64)[None, :] * stride_dy + rows[:, None]
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + columns[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, tokens, BLOCK_K):
         there = start + token < tokens
-        dy = tl.load(dy_ptrs, mask=there[:, None] & (rows < m)[None, :], other=0.0)
+        dy = tl.load(dy_ptrs, mask=(rows < m)[:, None] & there[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=there[:, None] & (columns < n)[None, :], other=0.0)
         if WEIGHTED:
             weight = tl.load(weight_ptr + start + token, mask=there, other=0.0)
-            dy = dy.to(tl.float32) * weight[:, None]
+            dy = dy.to(tl.float32) * weight[None, :]
             x = x.to(tl.float32)
-        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
         dy_ptrs += BLOCK_K * tl.cast(stride_dy, tl.int64)
         x_ptrs += BLOCK_K * tl.cast(stride_x, tl.int64)
     return acc, rows, column_tile

@@ -99,6 +99,11 @@ def sign_matmul_kernel(
         )
 
 
+def _terms():
+    """dtype and number of the terms of Z. The interpreter's numpy has no bfloat16."""
+    return (tl.float32, 1) if interpreting() else (tl.bfloat16, 3)
+
+
 def sign_matmul(positive, negative, dense, columns, transpose):
     m, q = positive.shape[0], dense.shape[1]
     rows = columns if transpose else m
@@ -107,8 +112,7 @@ def sign_matmul(positive, negative, dense, columns, transpose):
         return out
     tile = sign_matmul_tile(architecture(dense.device), rows, q, multiprocessors(dense.device))
     grid = (triton.cdiv(rows, tile.BLOCK_M), triton.cdiv(q, tile.COLUMN_TILES * tile.BLOCK_Q))
-    # The interpreter computes in numpy, which has no bfloat16; in fp32 one term is all of Z.
-    term, terms = (tl.float32, 1) if interpreting() else (tl.bfloat16, 3)
+    term, terms = _terms()
     with launch_guard(dense):
         sign_matmul_kernel[grid](
             positive,
