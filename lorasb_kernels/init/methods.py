@@ -6,6 +6,7 @@ noise        ΔW + N(0, σ²) ≈ U S Vᵀ             as lora-sb               
 orthogonal   random orthonormal A and B, R = 0
 """
 
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,21 +16,22 @@ from torch import nn
 
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimate import estimate_updates
+from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.init.svd import BATCH, SVDReport, truncated_svd, truncated_svd_batch
+from lorasb_kernels.init.svd import BATCH, truncated_svd, truncated_svd_batch
 
 
 @dataclass(frozen=True)
 class Adapter:
     """Initial factors of one layer, fp32: `lora_A` [r, n], `lora_R` [r, r], `lora_B` [m, r].
 
-    `report` is that of the truncated SVD, None where there was none.
+    `report` says how the truncated SVD went, None where there was none.
     """
 
     lora_A: torch.Tensor
     lora_R: torch.Tensor
     lora_B: torch.Tensor
-    report: SVDReport | None = None
+    report: LayerReport | None = None
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
@@ -52,9 +54,17 @@ def lora_sb(
         scaling: s.
         generator: draws the start of the SVD.
     """
+    start = time.perf_counter()
+    decompositions = truncated_svd_batch(signs, r, generator=generator)
+    seconds = (time.perf_counter() - start) / len(signs)
     return [
-        Adapter(svd.V.T, torch.diag(svd.S * (eta / scaling)), -svd.U, svd.report)
-        for svd in truncated_svd_batch(signs, r, generator=generator)
+        Adapter(
+            svd.V.T,
+            torch.diag(svd.S * (eta / scaling)),
+            -svd.U,
+            LayerReport.of(svd, matrix.zeros(), seconds),
+        )
+        for matrix, svd in zip(signs, decompositions, strict=True)
     ]
 
 
@@ -70,7 +80,7 @@ def noise(
     noise = torch.randn(signs.shape, generator=generator) * noise_std
     update = signs.to_dense(torch.float32) * -eta + noise.to(signs.device)
     svd = truncated_svd(update, r, generator=generator)
-    return Adapter(svd.V.T, torch.diag(svd.S / scaling), svd.U, svd.report)
+    return Adapter(svd.V.T, torch.diag(svd.S / scaling), svd.U, LayerReport.of(svd))
 
 
 def lora_xs(
@@ -92,7 +102,7 @@ def lora_xs(
         B = B * svd.S
     else:
         A = A * svd.S[:, None]
-    return Adapter(A, core, B, svd.report)
+    return Adapter(A, core, B, LayerReport.of(svd))
 
 
 def orthogonal(weight: torch.Tensor, r: int, generator: torch.Generator) -> Adapter:

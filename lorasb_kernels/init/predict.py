@@ -1,0 +1,197 @@
+"""What an initialization will take, told from the model's shapes before it starts.
+
+Weights are not read, so a model on the meta device will do. Bytes are counted from shapes;
+seconds are flops over a matrix rate, and an SVD's time scaled by size, both measured here
+in a fraction of a second. Attention's own products and what lies between linear layers are
+left out: a plan, not a measurement.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasb_kernels.init.blocks import find_blocks
+from lorasb_kernels.init.memory import accumulator_bytes
+from lorasb_kernels.init.sign_matrix import SignMatrix
+from lorasb_kernels.init.svd import truncated_svd
+
+CALIBRATION = 1024  # width of the matrices that rates are measured with
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speed of a device: matrix flops per second; seconds of an SVD per m·n·r."""
+
+    flops: float
+    svd: float
+
+    @classmethod
+    def measure(cls, device: torch.device | str, dtype: torch.dtype, r: int) -> "Rates":
+        """Times a matrix product and one truncated SVD on `device`."""
+        device, size = torch.device(device), CALIBRATION
+        generator = torch.Generator().manual_seed(0)
+        dense = torch.randn(size, size, generator=generator).to(device)
+        operand = dense.to(dtype)
+        product = _seconds(lambda: operand @ operand, device)
+        r = min(r, size // 2)
+        svd = _seconds(lambda: truncated_svd(SignMatrix.from_dense(dense), r), device)
+        return cls(flops=2 * size**3 / product, svd=svd / (size * size * r))
+
+
+@dataclass(frozen=True)
+class StrategyPrediction:
+    """Peak bytes beyond the model, by cause, and seconds, of one strategy."""
+
+    strategy: str
+    accumulators: int
+    boundaries: int
+    activations: int
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """Peak bytes beyond the model."""
+        return self.accumulators + self.boundaries + self.activations
+
+
+@dataclass(frozen=True)
+class InitPrediction:
+    """What an initialization will take; `str()` gives a table.
+
+    Args:
+        layers: number of target layers.
+        model_bytes: of the model's parameters.
+        published_bytes: what the published procedure holds on the host (every gradient
+            in bf16) and moves there for each micro-batch.
+        svd_seconds: of all truncated SVDs, part of each strategy's seconds.
+        strategies: a prediction each.
+    """
+
+    layers: int
+    model_bytes: int
+    published_bytes: int
+    svd_seconds: float
+    strategies: tuple[StrategyPrediction, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.layers} target layers in a model of {_size(self.model_bytes)}; predicted peak "
+            "beyond the model:",
+            f"{'strategy':<10}  {'accumulators':>12}  {'boundaries':>10}  {'activations':>11}"
+            f"  {'total':>9}  {'time':>9}",
+        ]
+        lines += [
+            f"{s.strategy:<10}  {_size(s.accumulators):>12}  {_size(s.boundaries):>10}"
+            f"  {_size(s.activations):>11}  {_size(s.total):>9}  {s.seconds:>7.1f} s"
+            for s in self.strategies
+        ]
+        lines.append(
+            f"of the time, {self.svd_seconds:.1f} s are SVDs; the published procedure would move "
+            f"{_size(self.published_bytes)} to the host for every micro-batch"
+        )
+        return "\n".join(lines)
+
+
+def predict_init(
+    model: nn.Module,
+    targets: Iterable[str],
+    *,
+    r: int,
+    samples: int,
+    tokens: int,
+    micro_batch: int,
+    rates: Rates,
+    labelled_tokens: int | None = None,
+) -> InitPrediction:
+    """Predicts memory and time of LoRA-SB's initialization.
+
+    Args:
+        model: the model, on any device, meta included.
+        targets: names of the layers to adapt.
+        r: rank.
+        samples: samples of the estimate.
+        tokens: tokens of a sample.
+        micro_batch: samples of a pass.
+        rates: the device's; see `Rates.measure`.
+        labelled_tokens: positions of a sample at which logits are computed; None for all.
+    """
+    targets = list(targets)
+    modules = dict(model.named_modules())
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    layers = {name: linears[name] for name in targets}
+    blocks = find_blocks(model, targets)
+    in_block = {block: _inside(linears, block) for block in blocks}
+    size = next(iter(layers.values())).weight.element_size()
+
+    def activations(some: Iterable[nn.Linear]) -> int:
+        return micro_batch * tokens * size * sum(m.in_features + m.out_features for m in some)
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    body = [linear for linear in linears.values() if linear is not head]
+    labelled = tokens if labelled_tokens is None else labelled_tokens
+    # Logits, their fp32 copy, its gradient and the gradient of the logits.
+    logits = 0 if head is None else micro_batch * labelled * head.out_features * (2 * size + 8)
+    of_layer = {name: accumulator_bytes(layer) for name, layer in layers.items()}
+    of_block = {b: sum(v for k, v in of_layer.items() if k in in_block[b]) for b in blocks}
+    outside = sum(of_layer.values()) - sum(of_block.values())
+    widths = [next(iter(in_block[block].values())).in_features for block in blocks]
+
+    forward = 2 * samples * tokens * sum(m.in_features * m.out_features for m in body)
+    if head is not None:
+        forward += 2 * samples * labelled * head.in_features * head.out_features
+    gradients = 2 * samples * tokens * sum(m.in_features * m.out_features for m in layers.values())
+    svd = rates.svd * r * sum(m.in_features * m.out_features for m in layers.values())
+    passes = (2 * forward + gradients) / rates.flops
+    strategies = [
+        StrategyPrediction(
+            "resident", sum(of_layer.values()), 0, activations(body) + logits, passes + svd
+        )
+    ]
+    if blocks:
+        largest = max(activations(inside.values()) for inside in in_block.values())
+        strategies.append(
+            StrategyPrediction(
+                "layerwise",
+                max(of_block.values()) + outside,
+                samples * tokens * size * sum(widths),
+                max(largest, logits),
+                passes + forward / rates.flops + svd,
+            )
+        )
+    return InitPrediction(
+        layers=len(targets),
+        model_bytes=sum(p.nbytes for p in model.parameters()),
+        published_bytes=2 * sum(p.numel() for p in model.parameters()),
+        svd_seconds=svd,
+        strategies=tuple(strategies),
+    )
+
+
+def _inside(linears: dict[str, nn.Linear], block: str) -> dict[str, nn.Linear]:
+    return {name: m for name, m in linears.items() if f"{name}.".startswith(f"{block}.")}
+
+
+def _seconds(work, device: torch.device) -> float:
+    times = []
+    for _ in range(3):
+        _synchronize(device)
+        start = time.perf_counter()
+        work()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+__all__ = ["InitPrediction", "Rates", "StrategyPrediction", "predict_init"]
