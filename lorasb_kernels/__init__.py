@@ -17,6 +17,8 @@ _HOME = {
     "adapt": "lorasb_kernels.adaptation",
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
+    "export_peft": "lorasb_kernels.export",
+    "import_peft": "lorasb_kernels.published",
     "load_adapter": "lorasb_kernels.checkpoint",
     "merge_and_unload": "lorasb_kernels.adaptation",
     "save_adapter": "lorasb_kernels.checkpoint",

@@ -4,6 +4,9 @@
     subspace.safetensors     A and B of every layer, written once per initialization
     adapter.safetensors      R of every layer (fp32) and the saved modules: what training changes
 
+LoRA-XS has no `subspace.safetensors`: its A and B are rebuilt from the frozen weights, and
+`adapter.safetensors` holds what tells them from others (see `rebuilding`).
+
 Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with, and
 `subspace.safetensors` a few elements of each frozen weight, so that an adapter meets neither
 another subspace nor another base model unnoticed. Files are replaced whole; everything is
@@ -21,7 +24,9 @@ from torch import nn
 from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.files import write_tensors, write_text
+from lorasb_kernels.hub import local_folder
 from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.rebuilding import check_rebuilt, rebuild, subspace_probes
 from lorasb_kernels.targets import (
     adapted_layers,
     check_adaptable,
@@ -50,18 +55,20 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     Raises:
         ValueError: the model holds no adapter, or a layer is merged (its R may be stale).
     """
-    layers = _layers_of(model)
+    layers = layers_of(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]} is merged; expected unmerge() before saving")
     directory = Path(directory)
     fingerprint = subspace_fingerprint(model)
+    rebuilt = model.lorasb_config.init == "lora-xs"
     if _stored_fingerprint(directory) != fingerprint:
-        write_tensors(
-            directory / SUBSPACE_FILE,
-            _subspace(layers),
-            {"format": FORMAT, "subspace": fingerprint},
-        )
+        if not rebuilt:
+            write_tensors(
+                directory / SUBSPACE_FILE,
+                _subspace(layers),
+                {"format": FORMAT, "subspace": fingerprint},
+            )
         record = {
             "format": FORMAT,
             "subspace": fingerprint,
@@ -71,17 +78,18 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         write_text(directory / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
     write_tensors(
         directory / ADAPTER_FILE,
-        trained_tensors(model),
+        trained_tensors(model) | (subspace_probes(layers) if rebuilt else {}),
         {"format": FORMAT, "subspace": fingerprint},
     )
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | Path, revision: str | None = None) -> nn.Module:
     """Loads the adapters in `directory` into `model`, adapting it first if it is plain.
 
     Args:
         model: the base model the adapter was made for, or an adapted one.
-        directory: what `save_adapter` wrote.
+        directory: what `save_adapter` wrote, or the id of a hub repository that holds it.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         `model`. If anything raises, it is as it was.
@@ -91,19 +99,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         ValueError: files that are damaged, do not belong together, belong to another base
             model, or whose names, shapes or dtypes do not fit; non-finite values.
     """
-    directory = Path(directory)
-    record = _read_record(directory / CONFIG_FILE)
-    try:
-        config = LoRASBConfig.from_dict(record["config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
-    subspace, subspace_metadata = read_tensors(directory / SUBSPACE_FILE)
+    directory = local_folder(directory, (CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE), revision)
+    record, config = read_record(directory)
+    rebuilt = config.init == "lora-xs"
     trained, trained_metadata = read_tensors(directory / ADAPTER_FILE)
-    stated = {
-        CONFIG_FILE: record["subspace"],
-        SUBSPACE_FILE: subspace_metadata.get("subspace"),
-        ADAPTER_FILE: trained_metadata.get("subspace"),
-    }
+    stated = {CONFIG_FILE: record["subspace"], ADAPTER_FILE: trained_metadata.get("subspace")}
+    if not rebuilt:
+        subspace, subspace_metadata = read_tensors(directory / SUBSPACE_FILE)
+        stated[SUBSPACE_FILE] = subspace_metadata.get("subspace")
     if len(set(stated.values())) != 1:
         raise ValueError(
             f"the files in {directory} do not belong together; their subspace fingerprints "
@@ -122,17 +125,24 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         check_adaptable(model, targets, config.r)
         layers = {name: new_layer(linear, config) for name, linear in targets.items()}
     saved = find_saved_modules(model, config.modules_to_save)
-    _check_tensors(directory / SUBSPACE_FILE, subspace, _subspace(layers))
-    _check_tensors(directory / ADAPTER_FILE, trained, _trained(layers, saved))
-    if fingerprint_of(subspace) != record["subspace"]:
-        raise ValueError(f"{directory / SUBSPACE_FILE} is damaged: its fingerprint is another")
-    _check_base(subspace, layers, record.get("base_model"))
+    expected = _trained(layers, saved) | (subspace_probes(layers) if rebuilt else {})
+    check_tensors(directory / ADAPTER_FILE, trained, expected)
+    if rebuilt:
+        if not existing:
+            rebuild(layers, config)
+        check_rebuilt(layers, trained, record.get("base_model"))
+        subspace = _subspace(layers)
+    else:
+        check_tensors(directory / SUBSPACE_FILE, subspace, _subspace(layers))
+        if fingerprint_of(subspace) != record["subspace"]:
+            raise ValueError(f"{directory / SUBSPACE_FILE} is damaged: its fingerprint is another")
+        _check_base(subspace, layers, record.get("base_model"))
     for name, layer in layers.items():
         layer.set_adapter(
             subspace[f"{name}.lora_A"], trained[f"{name}.lora_R"], subspace[f"{name}.lora_B"]
         )
     with torch.no_grad():
-        for name, tensor in _saved_tensors(saved).items():
+        for name, tensor in saved_tensors(saved).items():
             tensor.copy_(trained[name])
     if not existing:
         install(model, layers, saved, config)
@@ -142,12 +152,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: `<layer>.lora_R` of every layer and the saved modules' tensors."""
     saved = find_saved_modules(model, model.lorasb_config.modules_to_save)
-    return _trained(_layers_of(model), saved)
+    return _trained(layers_of(model), saved)
 
 
 def subspace_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and the bits of every A and B."""
-    return fingerprint_of(_subspace(_layers_of(model)))
+    return fingerprint_of(_subspace(layers_of(model)))
 
 
 def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
@@ -178,7 +188,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
+def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
+    """The adapted layers of a model that `adapt` returned; ValueError for a plain model."""
     layers = adapted_layers(model)
     if not layers or not hasattr(model, "lorasb_config"):
         raise ValueError("the model holds no adapter; expected a model that adapt() returned")
@@ -205,10 +216,11 @@ def _trained(
     layers: dict[str, LoRASBLinear], saved: dict[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
     cores = {f"{name}.lora_R": layer.lora_R for name, layer in layers.items()}
-    return cores | _saved_tensors(saved)
+    return cores | saved_tensors(saved)
 
 
-def _saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+def saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The tensors of the modules trained whole, by their names in the model."""
     return {
         f"{name}.{key}": tensor
         for name, module in saved.items()
@@ -219,7 +231,9 @@ def _saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
 def _stored_fingerprint(directory: Path) -> str | None:
     """The fingerprint of the subspace in `directory`; None unless its files are whole."""
     try:
-        record = _read_record(directory / CONFIG_FILE)
+        record, config = read_record(directory)
+        if config.init == "lora-xs":
+            return record["subspace"]
         with safe_open(directory / SUBSPACE_FILE, framework="pt") as file:
             metadata = file.metadata() or {}
     except (FileNotFoundError, ValueError, SafetensorError, OSError):
@@ -227,7 +241,14 @@ def _stored_fingerprint(directory: Path) -> str | None:
     return record["subspace"] if metadata.get("subspace") == record["subspace"] else None
 
 
-def _read_record(path: Path) -> dict:
+def read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
+    """The record of a saved adapter, and the configuration in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a record that `save_adapter` wrote.
+    """
+    path = directory / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a file that save_adapter wrote")
     try:
@@ -238,12 +259,16 @@ def _read_record(path: Path) -> dict:
         raise ValueError(f"{path} is not an adapter record of format {FORMAT}")
     if not isinstance(record.get("subspace"), str) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} lacks 'subspace' or 'config'")
-    return record
+    try:
+        return record, LoRASBConfig.from_dict(record["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _check_tensors(
+def check_tensors(
     path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> None:
+    """Raises ValueError unless names, shapes and kinds of dtype agree and all is finite."""
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
     if missing or extra:
@@ -276,10 +301,14 @@ def _check_base(
 
 
 __all__ = [
+    "check_tensors",
     "fingerprint_of",
+    "layers_of",
     "load_adapter",
+    "read_record",
     "read_tensors",
     "save_adapter",
+    "saved_tensors",
     "subspace_fingerprint",
     "trained_tensors",
 ]

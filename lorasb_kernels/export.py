@@ -1,0 +1,115 @@
+"""Export to plain LoRA: the format that peft, vLLM, SGLang and llama.cpp's converter read.
+
+    s·B·R·A x  =  B' A' x      with  A' = R·A [r, n]  and  B' = s·B [m, r]
+
+so an adapter of this library is a LoRA adapter of the same rank with `lora_alpha = r`, and
+whatever serves LoRA serves it. The r² trained numbers become r·(m + n).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorasb_kernels.checkpoint import layers_of
+from lorasb_kernels.files import write_tensors, write_text
+from lorasb_kernels.targets import find_saved_modules, matches_suffix
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+EXPORT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def export_peft(
+    model: nn.Module,
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    saved_modules: bool = True,
+) -> None:
+    """Writes the adapters of `model` as a LoRA adapter in peft's format.
+
+    `A' = R·A` and `B' = s·B` are computed in fp32 and rounded once to `dtype`.
+
+    Args:
+        model: an adapted model.
+        directory: created if missing; gets `adapter_config.json` and
+            `adapter_model.safetensors`.
+        dtype: dtype of the written factors, fp32, fp16 or bf16.
+        saved_modules: write the modules of `modules_to_save` too. Servers that take LoRA
+            alone (vLLM) refuse them; without them the trained head is left behind.
+
+    Raises:
+        ValueError: the model holds no adapter, a layer is merged, a factor is not finite (or
+            not in `dtype`), or `dtype` is none of the three.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, EXPORT_DTYPES))}")
+    layers = layers_of(model)
+    tensors = {}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} is merged; expected unmerge() before exporting")
+        exact = layer.lora_R.dtype
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_R @ layer.lora_A.to(exact)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.scaling * layer.lora_B.to(exact)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite in {dtype}; nothing was written")
+    suffixes = model.lorasb_config.modules_to_save if saved_modules else ()
+    for name, module in find_saved_modules(model, suffixes).items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
+    directory = Path(directory)
+    write_tensors(directory / TENSORS_FILE, tensors, {"format": "pt"})
+    config = _peft_config(model, list(layers), model.lorasb_config.r, suffixes)
+    write_text(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def _peft_config(model: nn.Module, names: list[str], r: int, suffixes: tuple[str, ...]) -> dict:
+    base_config = getattr(model, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": getattr(base_config, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "target_modules": shortest_names(model, names),
+        "modules_to_save": list(suffixes) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Suffixes that select the modules `names` of `model` and no other, shortest first choice.
+
+    The last components where they select nothing else, otherwise the full names.
+    """
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
+    selected = {name for name, _ in model.named_modules() if matches_suffix(name, tuple(suffixes))}
+    return suffixes if selected == set(names) else sorted(names)
+
+
+__all__ = ["export_peft", "shortest_names"]

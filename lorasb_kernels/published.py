@@ -1,0 +1,148 @@
+"""Adapters trained with the published LoRA-SB and LoRA-XS code.
+
+That code saves a peft LoRA directory with one more tensor a layer, R, the weight of a module
+`default_lora_latent_mapping`. Older peft strips `.default` from the name on saving, which
+leaves `q_proj_lora_latent_mapping.weight`; newer peft keeps `q_proj.default_lora_latent_mapping
+.weight`. Loaded by peft itself, either is dropped without a word and `B·A` is what remains.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorasb_kernels.adaptation import install, new_layer
+from lorasb_kernels.checkpoint import check_tensors, read_tensors, saved_tensors
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.export import CONFIG_FILE, PREFIX, TENSORS_FILE, shortest_names
+from lorasb_kernels.hub import local_folder
+from lorasb_kernels.targets import (
+    check_adaptable,
+    find_saved_modules,
+    find_targets,
+    matches_suffix,
+    refuse_adapted,
+)
+
+_CORE = re.compile(r"(.+?)(?:\.default_|\.|_)lora_latent_mapping\.weight")
+_FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight")
+_UNSUPPORTED = {
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+
+def import_peft(model: nn.Module, directory: str | Path, revision: str | None = None) -> nn.Module:
+    """Adapts `model` with an adapter that the published LoRA-SB or LoRA-XS code saved.
+
+    The configuration of the result says `init="lora-sb"` for either method: A and B come with
+    the adapter, so `save_adapter` stores them.
+
+    Args:
+        model: the plain base model.
+        directory: folder or hub repository with `adapter_config.json` and
+            `adapter_model.safetensors`.
+        revision: branch, tag or commit of a hub repository.
+
+    Returns:
+        `model`, adapted in place. If anything raises, it is as it was.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a layer without R (a plain LoRA adapter), without A or B, tensors that
+            fit no module, wrong shapes, non-finite values, or a LoRA variant (DoRA, trained
+            biases, ranks by layer) that has no counterpart here.
+    """
+    refuse_adapted(model)
+    directory = local_folder(directory, (CONFIG_FILE, TENSORS_FILE), revision)
+    peft_config = _read_config(directory / CONFIG_FILE)
+    tensors, _ = read_tensors(directory / TENSORS_FILE)
+    factors, others = _split(tensors)
+    _check_complete(directory / TENSORS_FILE, factors)
+    config = _configuration(model, peft_config, factors)
+    targets = find_targets(model, config.target_modules, config.modules_to_save)
+    check_adaptable(model, targets, config.r)
+    layers = {name: new_layer(linear, config) for name, linear in targets.items()}
+    found = {f"{n}.{part}": t for n, parts in factors.items() for part, t in parts.items()}
+    expected = {
+        f"{name}.{part}": getattr(layer, part)
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_R", "lora_B")
+    }
+    saved = find_saved_modules(model, config.modules_to_save)
+    check_tensors(directory / TENSORS_FILE, found | others, expected | saved_tensors(saved))
+    for name, layer in layers.items():
+        layer.set_adapter(**factors[name])
+    with torch.no_grad():
+        for name, tensor in saved_tensors(saved).items():
+            tensor.copy_(others[name])
+    install(model, layers, saved, config)
+    return model
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a folder that peft saved")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
+    for name, plain in _UNSUPPORTED.items():
+        if (config.get(name) or plain) != plain:
+            raise ValueError(f"{path}: {name} is {config[name]!r}; expected {plain!r}")
+    return config
+
+
+def _split(tensors: dict) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The factors by layer, and the tensors of modules trained whole by their names."""
+    factors, others = {}, {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix(PREFIX)
+        if match := _CORE.fullmatch(key):
+            factors.setdefault(match[1], {})["lora_R"] = tensor
+        elif match := _FACTOR.fullmatch(key):
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = tensor
+    return factors, others
+
+
+def _check_complete(path: Path, factors: dict[str, dict[str, torch.Tensor]]) -> None:
+    if not factors:
+        raise ValueError(f"{path} holds no adapter; expected lora_A, lora_B and R of some layers")
+    for name, parts in factors.items():
+        if "lora_R" not in parts:
+            raise ValueError(
+                f"{path}: {name} has lora_A and lora_B but no R (lora_latent_mapping). This is a "
+                "plain LoRA adapter, or its R was dropped on saving; expected R of every layer"
+            )
+        for part in ("lora_A", "lora_B"):
+            if part not in parts:
+                raise ValueError(f"{path}: {name} has no {part}; expected A and B of every layer")
+
+
+def _configuration(model: nn.Module, peft_config: dict, factors: dict) -> LoRASBConfig:
+    r = next(iter(factors.values()))["lora_R"].shape[0]
+    alpha = peft_config["lora_alpha"]
+    modules = [name for name, _ in model.named_modules()]
+    # peft lists heads of every kind ("classifier", "score"); only those of this model count.
+    saved = tuple(
+        suffix
+        for suffix in peft_config.get("modules_to_save") or ()
+        if any(matches_suffix(name, (suffix,)) for name in modules)
+    )
+    return LoRASBConfig(
+        r=r,
+        target_modules=tuple(shortest_names(model, list(factors))),
+        scaling=alpha / (math.sqrt(r) if peft_config.get("use_rslora") else r),
+        dropout=peft_config.get("lora_dropout") or 0.0,
+        modules_to_save=saved,
+    )
+
+
+__all__ = ["import_peft"]

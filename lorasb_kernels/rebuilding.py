@@ -1,0 +1,69 @@
+"""LoRA-XS adapters without A and B: both are rebuilt from the frozen weight.
+
+The truncated SVD starts from a seeded draw, so it is the same for the same weight up to the
+rounding of the machine's matrix products; a hash over its bits would refuse an adapter from
+another machine. What tells the rebuilt factors from others is therefore numerical:
+
+    A·Z [r, 4]  and  Bᵀ·Z [r, 4]     Z the columns cos(f·k), k = 1, 2, …, of norm 1
+
+A singular vector with its sign turned, or of another weight, moves these far beyond rounding.
+"""
+
+import torch
+
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.init.methods import layer_generator, lora_xs
+from lorasb_kernels.nn import LoRASBLinear
+
+_FREQUENCIES = (1.0, 1.9, 2.7, 0.3)
+_TOLERANCE = 0.02  # A and B in bf16 differ from themselves by about 0.004
+
+
+def _project(factor: torch.Tensor) -> torch.Tensor:
+    """`factor` [r, k] on the four fixed directions, fp32 [r, 4] on the CPU."""
+    positions = torch.arange(1, factor.shape[1] + 1, dtype=torch.float64)
+    directions = torch.cos(positions[:, None] * torch.tensor(_FREQUENCIES, dtype=torch.float64))
+    directions /= directions.norm(dim=0)
+    return (factor.detach().cpu().double() @ directions).float()
+
+
+def subspace_probes(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
+    """What identifies A and B of each layer: `<layer>.lora_A_probe`, `<layer>.lora_B_probe`."""
+    probes = {}
+    for name, layer in layers.items():
+        probes[f"{name}.lora_A_probe"] = _project(layer.lora_A)
+        probes[f"{name}.lora_B_probe"] = _project(layer.lora_B.T)
+    return probes
+
+
+def rebuild_factors(
+    name: str, weight: torch.Tensor, config: LoRASBConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, n] and B [m, r] that LoRA-XS gives the layer `name` of this weight, fp32."""
+    generator = layer_generator(config.seed, name)
+    adapter = lora_xs(weight.detach(), config.r, config.core_std, config.sigma_side, generator)
+    return adapter.lora_A, adapter.lora_B
+
+
+def rebuild(layers: dict[str, LoRASBLinear], config: LoRASBConfig) -> None:
+    """Gives each layer the A and B of its LoRA-XS initialization and R = 0."""
+    for name, layer in layers.items():
+        lora_A, lora_B = rebuild_factors(name, layer.weight, config)
+        layer.set_adapter(lora_A, torch.zeros_like(layer.lora_R), lora_B)
+
+
+def check_rebuilt(
+    layers: dict[str, LoRASBLinear], stored: dict[str, torch.Tensor], base_model: str | None
+) -> None:
+    """Raises ValueError if A or B of a layer is not the one whose probes were stored."""
+    for name, own in subspace_probes(layers).items():
+        scale = own.abs() + own.square().mean().sqrt()
+        if ((stored[name].float() - own).abs() > _TOLERANCE * scale).any():
+            raise ValueError(
+                f"{name.removesuffix('_probe')}, rebuilt from the weight, is not the one this "
+                f"adapter was trained with; expected the base model {base_model!r} in the dtype "
+                "it was trained in"
+            )
+
+
+__all__ = ["check_rebuilt", "rebuild", "rebuild_factors", "subspace_probes"]
