@@ -61,7 +61,9 @@ def projection_kernel(
 ):
     row_tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
-    rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    first_row = row_tile.to(tl.int64) * BLOCK_M
+    tile_rows = tl.arange(0, BLOCK_M)
+    rows = first_row + tile_rows  # [BLOCK_M]
     row_mask = rows < M
     ranks = tl.arange(0, BLOCK_R)
     offsets_k = tl.arange(0, BLOCK_K)
@@ -99,11 +101,12 @@ def projection_kernel(
     if SPLIT:
         width = RANK_TILES * BLOCK_R
         stride_split = tl.cast(M, tl.int64) * width
-        partial_ptrs = partial_ptr + rows[:, None] * width + ranks[None, :]
+        partial_ptrs = (
+            partial_ptr + first_row * width + (tile_rows[:, None] * width + ranks[None, :])
+        )
         for i in tl.static_range(RANK_TILES):
-            tl.store(
-                partial_ptrs + split * stride_split + i * BLOCK_R, h[i], mask=row_mask[:, None]
-            )
+            ptrs = partial_ptrs + (split * stride_split + i * BLOCK_R)
+            tl.store(ptrs, h[i], mask=row_mask[:, None])
         if not arrives_last(arrived_ptr + row_tile, splits):
             return
         h = ()
@@ -130,7 +133,9 @@ def projection_kernel(
         if DROPOUT:
             column *= keep_scale
         finished += (column,)
-    out = rows[:, None] * r + ranks[None, :]
+    out = tile_rows[:, None] * r + ranks[None, :]
+    h_ptr += first_row * r
+    p_ptr += first_row * r
     for i in tl.static_range(RANK_TILES):
         in_rank = ranks < r - i * BLOCK_R
         tl.store(

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import torch
 
-from lorasb_kernels.ops import projection, tiles
+from lorasb_kernels.ops import projection, tiles, weight_gradient
 from lorasb_kernels.ops.core_backward import triton as core_backward
 from lorasb_kernels.ops.expand import triton as expand
+from lorasb_kernels.ops.pack_signs import triton as pack_signs
+from lorasb_kernels.ops.sign_accumulate import triton as sign_accumulate
+from lorasb_kernels.ops.sign_gradient import triton as sign_gradient
+from lorasb_kernels.ops.sign_matmul import triton as sign_matmul
 
 ARCH = "sm_86"
 CHECKS = {"check_races": True, "check_uninit": True, "check_overlap": True}
@@ -79,13 +83,18 @@ def emulated(multiprocessors: int = 8, **options):
         projection: "projection_kernel",
         core_backward: "gradient_kernel",
         expand: "expand_kernel",
+        pack_signs: "pack_signs_kernel",
+        sign_accumulate: "sign_accumulate_kernel",
+        sign_gradient: "sign_gradient_kernel",
+        sign_matmul: "sign_matmul_kernel",
     }
     with contextlib.ExitStack() as stack:
         for module, name in kernels.items():
             _replace(stack, module, name, EmulatedKernel(getattr(module, name), log, options))
-        for module in (projection, core_backward):
+        for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
             _replace(stack, module, "architecture", lambda device: ARCH)
         _replace(stack, tiles, "_multiprocessors", lambda device: multiprocessors)
+        _replace(stack, sign_matmul, "multiprocessors", lambda device: multiprocessors)
         yield log
 
 

@@ -1,0 +1,79 @@
+"""What the kernels take of each architecture, from ahead-of-time compilation.
+
+Every shipped tile must fit its device, spill nothing, use the tensor cores and copy 16 bytes
+at a time. The default run takes every tile of sm_86 in bf16 and one rank of the others.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorasb_kernels.ops.tiles import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
+
+
+def reports(*arguments: str) -> list[dict]:
+    """Compiles in a process of its own: this one may have the interpreter's kernels."""
+    completed = subprocess.run(
+        [sys.executable, "-m", "lorasb_kernels.ops.resources", "--json", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout)
+
+
+def assert_fits(report: dict) -> None:
+    assert report["stack"] == 0, report
+    assert report["registers"] <= 255, report
+    assert 0 < report["shared"] <= LIMIT[report["arch"]], report
+    assert report["blocks_per_sm"] >= 1, report
+    assert report["tensor_core"], report
+    assert report["copies_of_16_bytes"] > 0, report
+    assert report["narrower_copies"] == 0, report
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        ("projection", "r=(16|32|64|96|128), split, dropout"),
+        ("projection", "r=(96|128)"),
+        ("projection", "r=(192|224|256), split, dropout"),
+        ("projection", "r=512, split, dropout"),
+        ("gradient", ".*"),
+        ("expand", ".*"),
+    ],
+)
+def test_sm_86_in_bf16(kernel, case):
+    found = reports("--arch", "sm_86", "--dtype", "bfloat16", "--kernel", kernel, "--case", case)
+    assert found
+    for report in found:
+        assert_fits(report)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "sm_86"])
+def test_one_of_each_kernel_elsewhere(arch):
+    cases = "r=96, split|width=32|forward"
+    found = reports("--arch", arch, "--dtype", "bfloat16", "--case", cases)
+    assert {report["kernel"] for report in found} == {"projection", "gradient", "expand"}
+    for report in found:
+        assert_fits(report)
+        if arch == "sm_90" and report["kernel"] != "gradient":
+            assert report["tensor_core"] == "wgmma", report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_tile_and_dtype(arch, dtype):
+    for report in reports("--arch", arch, "--dtype", dtype):
+        assert_fits(report)
