@@ -19,6 +19,7 @@ from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd import truncated_svd
 
 CALIBRATION = 1024  # width of the matrices that rates are measured with
+GRADIENT_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Rates:
         """Times a matrix product and one truncated SVD on `device`."""
         device, size = torch.device(device), CALIBRATION
         generator = torch.Generator().manual_seed(0)
-        dense = torch.randn(size, size, generator=generator).to(device)
+        # The signs of a sum of few outer products: a spectrum that decays like a gradient's.
+        left, right = torch.randn(2, size, GRADIENT_RANK, generator=generator).to(device)
+        dense = left @ right.T
         operand = dense.to(dtype)
         product = _seconds(lambda: operand @ operand, device)
         r = min(r, size // 2)

@@ -9,6 +9,7 @@ from lorasb_kernels.train.errors import InputError
 
 COMMANDS = {
     "train": "fine-tune a model with LoRA-SB, LoRA-XS, peft's adapters or in full",
+    "init": "initialize the adapters of a run, or predict what that takes",
     "demo": "fine-tune SmolLM2-135M on headlines, in minutes on a CPU",
     "demo-compare": "compare methods on a small encoder, over seeds and learning rates",
     "describe": "show what an adapter costs, before or after training",

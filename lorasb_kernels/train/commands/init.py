@@ -1,0 +1,125 @@
+r"""Initialize the adapters of a run, or predict what that takes, without training.
+
+Takes the settings of `lorasb train`. The adapter goes to output_dir/adapter, from where
+`lorasb train` with the same settings starts; beside it a table a layer (init.json) and a
+plot of the captured energy (init.png). With --dry-run only the model's configuration, its
+tokenizer and the data are read, no weights.
+
+    lorasb init --preset arithmetic --model <folder or hub id> --data train.jsonl \
+        --output-dir out/run --dry-run
+"""
+
+import argparse
+from pathlib import Path
+
+from lorasb_kernels.train.commands import train
+from lorasb_kernels.train.config import TrainConfig, load_file, resolve
+from lorasb_kernels.train.encoding import IGNORED
+from lorasb_kernels.train.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of a run, and --dry-run."""
+    train.add_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="predict memory and time")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Initializes, or predicts, and prints a table."""
+    flags = train.given_flags(options)
+    config = resolve((load_file(options.config) if options.config else {}) | flags)
+    if config.method != "lora-sb":
+        raise ConfigError(f"method is {config.method!r}; expected 'lora-sb', which takes samples")
+    print(predict(config) if options.dry_run else initialize(config))
+    return 0
+
+
+def predict(config: TrainConfig) -> str:
+    """The prediction for the run that `config` describes, as a table."""
+    import torch
+
+    from lorasb_kernels.init.memory import free_memory
+    from lorasb_kernels.init.predict import Rates, predict_init
+    from lorasb_kernels.targets import find_targets
+    from lorasb_kernels.train.methods import estimation_batches, heads
+    from lorasb_kernels.train.run import read
+
+    rows = read(config, config.data)
+    with torch.device("meta"):
+        model, encoder = _skeleton(config)
+    encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
+    batches = list(
+        estimation_batches(config, encode(rows), encoder.pad_token_id, torch.device("cpu"))
+    )
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    saved = heads(model) if config.task == "classification" else ()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prediction = predict_init(
+        model,
+        find_targets(model, config.target_modules, saved),
+        r=config.r,
+        samples=samples,
+        tokens=-(-tokens // samples),
+        micro_batch=min(samples, config.batch_size),
+        rates=Rates.measure(device, getattr(torch, config.dtype), config.r),
+        labelled_tokens=max(map(_labelled_columns, batches)),
+    )
+    free = free_memory(device)
+    room = "unknown memory" if free is None else f"{free / 1e9:.1f} GB free"
+    return f"{prediction}\n{samples} samples, {tokens} tokens; {device} with {room}"
+
+
+def _labelled_columns(batch: dict) -> int:
+    """Positions at which a language model's logits are needed; 0 for a classifier."""
+    labels = batch["labels"]
+    return int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.dim() == 2 else 0
+
+
+def _skeleton(config: TrainConfig):
+    """The model of `config` without weights, and its encoder."""
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    from lorasb_kernels.train.encoding import Encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    causal = config.task == "causal-lm"
+    kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    model = kind.from_config(
+        AutoConfig.from_pretrained(config.model), dtype=getattr(torch, config.dtype)
+    )
+    return model, Encoder(tokenizer, config.max_length, config.system_prompt)
+
+
+def initialize(config: TrainConfig) -> str:
+    """Initializes and saves the adapter of `config`; returns the report as a table."""
+    from lorasb_kernels.init.report import InitReport
+    from lorasb_kernels.train.encoding import Encoder
+    from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
+    from lorasb_kernels.train.run import claim, load_model, read
+    from lorasb_kernels.train.trainer import first_learning_rate, training_arguments
+
+    folder = Path(config.output_dir)
+    if (folder / ADAPTER_FOLDER).exists():
+        raise ConfigError(f"output_dir {str(folder)!r} holds an adapter; expected another one")
+    rows = read(config, config.data)
+    claim(folder, config)
+    arguments = training_arguments(config)
+    model, tokenizer = load_model(config, rows)
+    encoder = Encoder(tokenizer, config.max_length, config.system_prompt)
+    encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
+    samples = encode(rows)
+    eta = first_learning_rate(config, arguments, len(samples))
+    model = prepare(model.to(arguments.device), config, samples, tokenizer.pad_token_id, eta)
+    report = InitReport.of(model)
+    report.save(folder / "init.json")
+    report.plot(folder / "init.png")
+    return f"{report}\nwritten to {folder}: {ADAPTER_FOLDER}, init.json, init.png"
