@@ -1,0 +1,84 @@
+"""Contenders on one workload, timed against each other one pass at a time."""
+
+from collections.abc import Iterable
+
+import torch
+
+from bench.contenders import CONTENDERS
+from bench.recording import Measurement
+from lorasb_kernels.profiling.timing import captured, interleave, peak_bytes
+from lorasb_kernels.profiling.workload import Run, Workload
+
+PASSES = ("forward", "backward", "both", "graph")  # graph: both, in a CUDA graph
+
+
+class Comparison:
+    """Builds each contender on `workload` once; what fails to build stays out of the others' way.
+
+    Args:
+        workload: the operands.
+        names: keys of `CONTENDERS` that can run on the workload's device.
+        timing: keyword arguments of `timing.interleave`.
+    """
+
+    def __init__(self, workload: Workload, names: Iterable[str], timing: dict):
+        self.workload, self.timing = workload, timing
+        self.runs: dict[str, Run] = {}
+        self.failures: dict[str, Exception] = {}
+        self._measured: dict[str, dict[str, Measurement]] = {}
+        for name in names:
+            try:
+                run = Run(CONTENDERS[name].build, workload)
+                run.both(0)
+                self.runs[name] = run
+            except Exception as failure:
+                self.failures[name] = failure
+
+    def measurement(self, which: str, contender: str) -> Measurement:
+        """What `contender` took for the pass `which`; all contenders are timed at the first call.
+
+        Raises:
+            Exception: what the contender raised when it was built or first run.
+        """
+        if which not in self._measured:
+            self._measured[which] = self._measure(which)
+        if contender in self.failures:
+            raise self.failures[contender]
+        return self._measured[which][contender]
+
+    def _measure(self, which: str) -> dict[str, Measurement]:
+        device = self.workload.device
+        copies = len(self.workload.copies)
+        eager = "both" if which == "graph" else which
+        calls = {}
+        for name, run in list(self.runs.items()):
+            try:
+                call = getattr(run, eager)
+                calls[name] = captured(call, copies, device) if which == "graph" else call
+                calls[name](0)
+            except Exception as failure:
+                self.failures[name] = failure
+                del self.runs[name]
+                calls.pop(name, None)
+        samples = interleave(calls, device, **self.timing)
+        found = {}
+        for name in calls:
+            run, contender = self.runs[name], CONTENDERS[name]
+            found[name] = Measurement(
+                samples=samples[name],
+                launches=self.workload.launches(contender.way or "two_call", eager),
+                peak=None if which == "graph" else peak_bytes(getattr(run, eager), device),
+                saved=run.saved_bytes() if which == "both" and not contender.compiles else None,
+            )
+            run.release()
+        return found
+
+    def close(self) -> None:
+        """Lets go of all device memory."""
+        self.runs.clear()
+        self._measured.clear()
+        if self.workload.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+__all__ = ["PASSES", "Comparison"]

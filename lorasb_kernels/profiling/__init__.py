@@ -1,0 +1,1 @@
+"""What an adapted layer costs: counted, predicted, measured, recorded and shown."""

@@ -1,0 +1,142 @@
+"""The results database: one long format, one writer, one reader.
+
+A file holds the results of one commit on one device on one day, `<gpu>/<date>-<commit>.json`:
+
+    {"format": 1, "environment": {…}, "columns": […], "rows": [[…], …]}
+
+A row is one number. `quantity` says what it is (`"time"`, `"bandwidth"`, …), `unit` in what,
+`quantile` which one of repeated measurements (`"p50"`), empty where there is only one.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasb_kernels.files import write_text
+from lorasb_kernels.profiling.environment import Environment
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of a measurement.
+
+    Args:
+        op: what was computed, `"linear.both"`, `"kernel.shrink"`, `"train.step"`.
+        shape: on what, `"mistral-7b/q_proj 4096x4096"`.
+        tokens: M; 0 where it means nothing.
+        r: rank; 0 where it means nothing.
+        dtype: `"bfloat16"` and so on.
+        contender: who computed it.
+        quantity: `"time"`, `"bandwidth"`, `"rate"`, `"roofline_share"`, `"peak_memory"`,
+            `"saved_memory"`, `"throughput"`, `"captured_energy"`.
+        quantile: `"p10"`, `"p50"`, `"p90"` or `""`.
+        value: the number.
+        unit: `"us"`, `"GB/s"`, `"TFLOP/s"`, `"1"`, `"bytes"`, `"tokens/s"`.
+    """
+
+    op: str
+    shape: str
+    tokens: int
+    r: int
+    dtype: str
+    contender: str
+    quantity: str
+    quantile: str
+    value: float
+    unit: str
+
+    @property
+    def case(self) -> tuple:
+        """What was measured, without by whom."""
+        return self.op, self.shape, self.tokens, self.r, self.dtype
+
+    @property
+    def key(self) -> tuple:
+        """Everything but the number and its unit."""
+        return *self.case, self.contender, self.quantity, self.quantile
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of one file."""
+
+    environment: Environment
+    rows: tuple[Row, ...]
+
+    def select(self, **columns) -> list[Row]:
+        """The rows with these values in these columns."""
+        return [
+            row
+            for row in self.rows
+            if all(getattr(row, name) == value for name, value in columns.items())
+        ]
+
+
+def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> Path:
+    """Adds rows to the file of `environment` in the database `folder`, atomically.
+
+    A row that is there already (same key) is replaced, so parts of a run can be repeated.
+
+    Returns:
+        The file.
+    """
+    path = Path(folder) / environment.file
+    known = {row.key: row for row in read(path).rows} if path.exists() else {}
+    known |= {row.key: row for row in rows}
+    header = {
+        "format": FORMAT,
+        "environment": dataclasses.asdict(environment),
+        "columns": COLUMNS,
+    }
+    lines = [json.dumps(dataclasses.astuple(row), allow_nan=False) for row in known.values()]
+    head = json.dumps(header, indent=1).removesuffix("\n}")
+    write_text(path, head + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+    return path
+
+
+def read(path: str | Path) -> Results:
+    """Reads one file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a results file, with the reason.
+    """
+    path = Path(path)
+    content = path.read_text(encoding="utf-8")
+    try:
+        record = json.loads(content)
+        if record["format"] != FORMAT:
+            raise ValueError(f"format is {record['format']!r}; expected {FORMAT}")
+        if tuple(record["columns"]) != COLUMNS:
+            raise ValueError(f"columns are {record['columns']}; expected {list(COLUMNS)}")
+        rows = tuple(Row(*row) for row in record["rows"])
+        return Results(Environment(**record["environment"]), rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a results file: {error}") from error
+
+
+def read_all(path: str | Path) -> list[Results]:
+    """The results in a file, or in every file of a folder and below, oldest first.
+
+    Raises:
+        FileNotFoundError: neither a file nor a folder.
+        ValueError: a file that is not a results file.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [read(path)]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a results file nor a folder of them")
+    return sorted(
+        (read(file) for file in path.glob("**/*.json")), key=lambda found: found.environment.date
+    )
+
+
+__all__ = ["COLUMNS", "Results", "Row", "read", "read_all", "write"]

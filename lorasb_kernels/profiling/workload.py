@@ -1,0 +1,185 @@
+"""Operands and passes of adapted layers, for timing them one way against another.
+
+A workload is one layer, or the layers of a block grouped by the input they read; each group
+has its own input and each layer its own output gradient. A `Run` is one way to compute it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasb_kernels.profiling.costs import WAYS, Cost
+from lorasb_kernels.profiling.shapes import Layer
+from lorasb_kernels.profiling.timing import copies_past_cache
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One layer: weight [m, n], bias [m] or None, A [r, n], R [r, r] fp32, B [m, r], scaling."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_A: torch.Tensor
+    lora_R: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float = 1.0
+
+
+# From the operands of layers that read one input to the modules that compute them.
+Build = Callable[[Sequence[Operands]], list[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One set of operands: for each group its input, its layers and their output gradients."""
+
+    inputs: list[torch.Tensor]
+    groups: list[list[Operands]]
+    dys: list[torch.Tensor]
+
+
+class Workload:
+    """Random operands for `groups` of layers at M tokens and rank r.
+
+    Args:
+        groups: layers by the input they read.
+        M: tokens.
+        r: rank, at most the least number of features.
+        dtype: of everything but R, which is fp32 (fp64 with fp64).
+        device: where they live.
+        bias: whether the layers have one.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Layer]],
+        M: int,
+        r: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        bias: bool = False,
+        seed: int = 0,
+    ):
+        self.groups, self.M, self.r = groups, M, r
+        self.dtype, self.device, self.bias = dtype, device, bias
+        self._generator = torch.Generator(device).manual_seed(seed)
+        first = self._draw()
+        size = sum(tensor.nbytes for tensor in (*first.inputs, *first.dys))
+        size += sum(layer.weight.nbytes for group in first.groups for layer in group)
+        count = copies_past_cache(size, device)
+        self.copies = [first, *(self._draw() for _ in range(count - 1))]
+
+    def _normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None):
+        drawn = torch.randn(shape, generator=self._generator, device=self.device)
+        return (drawn * std).to(dtype or self.dtype)
+
+    def _draw(self) -> Copy:
+        core = torch.promote_types(self.dtype, torch.float32)
+        r = self.r
+        groups = [
+            [
+                Operands(
+                    weight=self._normal(m, n, std=n**-0.5),
+                    bias=self._normal(m) if self.bias else None,
+                    lora_A=self._normal(r, n, std=n**-0.5),
+                    lora_R=self._normal(r, r, std=r**-0.5, dtype=core),
+                    lora_B=self._normal(m, r, std=r**-0.5),
+                )
+                for n, m in ((layer.n, layer.m) for layer in group)
+            ]
+            for group in self.groups
+        ]
+        inputs = [self._normal(self.M, group[0].n).requires_grad_() for group in self.groups]
+        dys = [self._normal(self.M, layer.m) for group in self.groups for layer in group]
+        return Copy(inputs, groups, dys)
+
+    def launches(self, way: str, which: str) -> list[Cost]:
+        """The launches of a pass computed in one of `costs.WAYS`."""
+        size = self.dtype.itemsize
+        return [
+            cost
+            for group in self.groups
+            for layer in group
+            for cost in WAYS[way](self.M, layer.n, layer.m, self.r, size).of(which)
+        ]
+
+
+class Run:
+    """One way to compute a workload; `forward`, `backward` and `both` are calls to time.
+
+    Backward gives the gradients of all inputs and of whatever the modules train.
+    """
+
+    def __init__(self, build: Build, workload: Workload):
+        self.copies = workload.copies
+        self.modules = [[build(group) for group in copy.groups] for copy in self.copies]
+        self._outputs: dict[int, list[torch.Tensor]] = {}
+
+    def forward(self, i: int) -> list[torch.Tensor]:
+        """All outputs, in the order of the layers."""
+        i %= len(self.copies)
+        return [
+            module(x)
+            for x, modules in zip(self.copies[i].inputs, self.modules[i], strict=True)
+            for module in modules
+        ]
+
+    def leaves(self, i: int) -> list[torch.Tensor]:
+        """What gradients are taken of: the inputs, then the trained parameters."""
+        i %= len(self.copies)
+        trained = [
+            parameter
+            for modules in self.modules[i]
+            for module in modules
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+        return [*self.copies[i].inputs, *trained]
+
+    def both(self, i: int) -> tuple[torch.Tensor, ...]:
+        """Forward and backward; returns the gradients."""
+        dys = self.copies[i % len(self.copies)].dys
+        return torch.autograd.grad(self.forward(i), self.leaves(i), dys)
+
+    def backward(self, i: int) -> tuple[torch.Tensor, ...]:
+        """Backward alone, over a graph that is built at the first call and kept."""
+        i %= len(self.copies)
+        if i not in self._outputs:
+            self._outputs[i] = self.forward(i)
+        dys = self.copies[i].dys
+        return torch.autograd.grad(self._outputs[i], self.leaves(i), dys, retain_graph=True)
+
+    def release(self) -> None:
+        """Drops the kept graphs."""
+        self._outputs.clear()
+
+    def saved_bytes(self) -> int:
+        """Bytes that forward keeps for backward, weights and adapters left out, inputs not."""
+        constant = {
+            tensor.untyped_storage().data_ptr()
+            for modules in self.modules[0]
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        for operands in (layer for group in self.copies[0].groups for layer in group):
+            tensors = (operands.weight, operands.lora_A, operands.lora_R, operands.lora_B)
+            constant |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in constant:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = self.forward(0)
+        del outputs
+        return sum(kept.values())
+
+
+__all__ = ["Build", "Operands", "Run", "Workload"]
