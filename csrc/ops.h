@@ -17,8 +17,8 @@ enum class DType : int32_t { fp16, bf16, fp32 };
 // A row-major matrix: its last dimension is contiguous.
 struct Matrix {
   const void* data;
-  int64_t rows, columns;
   int64_t stride;      // elements from one row to the next
+  int32_t rows, columns;
   int32_t copy_bytes;  // widest aligned copy that every row allows: 16, 4, or one element
 };
 
@@ -110,7 +110,7 @@ Launch pack_signs(const PackSignsParams& params, cudaStream_t stream);
 struct SignMatmulParams {
   const uint32_t* positive; // [m, ceil(n/32)]
   const uint32_t* negative;
-  int64_t m, n;
+  int32_t m, n;
   Matrix dense;             // [n, q], or [m, q] when `transpose`; fp32
   bool transpose;
   float* out;               // [m, q], or [n, q]; contiguous

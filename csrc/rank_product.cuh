@@ -60,7 +60,7 @@ struct RankProductTraits {
 // Loads the tile of a [rank, K] operand, or its transpose, at contraction index k.
 template <class Tile, int THREADS>
 __device__ inline void load_rank_tile(typename Tile::T* tile, const Matrix& source, int rank,
-                                      int64_t k) {
+                                      int k) {
   const int used = ceil_div(rank, 16) * 16;  // fragments are loaded 16 ranks at a time
   if constexpr (Tile::K_CONTIGUOUS)
     load_tile<Tile, THREADS>(tile, source, 0, k, used, Tile::COLUMNS);
@@ -116,15 +116,15 @@ __global__ void __launch_bounds__(Traits::THREADS)
 
   const int warp = threadIdx.x / 32;
   const int warp_row = warp / Traits::WARPS_N * 16;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * Traits::BLOCK_M;
-  const int64_t K = params.x.columns;
+  const int row0 = blockIdx.x * Traits::BLOCK_M;
+  const int K = params.x.columns;
 
   // The ranks are dealt to the warps evenly, in pairs of 8.
   const int per_warp = ceil_div(params.rank, 16 * Traits::WARPS_N) * 2;
   const int warp_rank = warp % Traits::WARPS_N * per_warp * 8;
   const int tiles = max(0, min(per_warp, ceil_div(params.rank - warp_rank, 8)));
 
-  const int steps = ceil_div<int64_t>(K, Traits::BLOCK_K);
+  const int steps = ceil_div(K, Traits::BLOCK_K);
   const int steps_per_split = ceil_div(steps, params.splits);
   const int first_step = blockIdx.y * steps_per_split;
   const int own_steps = min(steps_per_split, steps - first_step);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Traits::THREADS)
   pipeline<Traits::STAGES>(
       own_steps,
       [&](int step, int stage) {
-        const int64_t k = static_cast<int64_t>(first_step + step) * Traits::BLOCK_K;
+        const int k = (first_step + step) * Traits::BLOCK_K;
         load_tile<X, Traits::THREADS>(x_stage(stage), params.x, row0, k);
         load_rank_tile<Factor, Traits::THREADS>(x_stage(stage) + X::SIZE, params.factor,
                                                 params.rank, k);
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(Traits::THREADS)
       [&](int step, int stage) {
         const auto drop = [&](auto& a, int, int k) {
           if (params.dropout.seed == nullptr) return;
-          const uint64_t corner = static_cast<uint64_t>(row0 + warp_row) * K + k +
-                                  static_cast<uint64_t>(first_step + step) * Traits::BLOCK_K;
+          const uint64_t corner = static_cast<uint64_t>(row0 + warp_row) * K +
+                                  (first_step + step) * Traits::BLOCK_K + k;
           Fragments<T>::mask(a, [&](int row, int column) {
             return random_bits(corner + static_cast<uint64_t>(row) * K + column, seed) >=
                    params.dropout.threshold;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Traits::THREADS)
   };
   const auto store = [&](void* out, int row, int rank, float value) {
     if (row0 + row < params.x.rows && rank < params.rank)
-      static_cast<T*>(out)[(row0 + row) * params.rank + rank] = from_float<T>(value);
+      static_cast<T*>(out)[static_cast<int64_t>(row0 + row) * params.rank + rank] = from_float<T>(value);
   };
 
   float* first = reinterpret_cast<float*>(shared);
@@ -245,6 +245,7 @@ Launch rank_product(DType dtype, RankProductParams params, void* workspace, cons
                     cudaStream_t stream) {
   return dispatch_rank<BACKWARD>(dtype, params.rank, [&](auto traits) {
     using Traits = decltype(traits);
+    if (params.x.rows == 0) return Launch{};
     const auto plan =
         RankProductPlan::of<Traits>(params.x.rows, params.x.columns, multiprocessors());
     const dim3 grid(static_cast<unsigned>(plan.row_blocks), plan.splits);

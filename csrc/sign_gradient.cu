@@ -1,0 +1,24 @@
+// acc += (w ⊙ dy)ᵀ x, and sign((w ⊙ dy)ᵀ x) in one shot; see token_product.cuh.
+#include "token_product.cuh"
+
+namespace lorasb {
+
+Launch sign_gradient(const SignGradientParams& params, cudaStream_t stream) {
+  TokenProductParams product{};
+  product.a = params.grad_output;
+  product.b = params.x;
+  product.weight = params.row_weight;
+  product.output = params.acc ? TokenProductParams::ADD : TokenProductParams::SIGNS;
+  product.positive = params.positive;
+  product.negative = params.negative;
+  product.out = params.acc;
+  product.out_stride = params.acc_stride;
+  return dispatch(params.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const char* name = params.acc ? "sign_accumulate" : "sign_gradient";
+    return params.row_weight ? token_product<TokenProductTraits<T, true>>(product, 1, name, stream)
+                             : token_product<TokenProductTraits<T, false>>(product, 1, name, stream);
+  });
+}
+
+}  // namespace lorasb
