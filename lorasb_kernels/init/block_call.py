@@ -37,8 +37,8 @@ class BlockCall:
         store: keeps the input tensors.
 
     Raises:
-        FallBack: an input that is neither a tensor nor a plain value, such as a cache: a
-            second call might see another state of it.
+        FallBack: an input that is neither a tensor nor a plain value, such as a cache, which
+            a second call might see in another state.
     """
 
     def __init__(
@@ -46,9 +46,7 @@ class BlockCall:
     ):
         self.name, self._forward = name, forward
         leaves, self._structure = pytree.tree_flatten((args, kwargs))
-        for leaf in leaves:
-            if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
-                raise FallBack(f"block {name} takes a {type(leaf).__name__}")
+        self._refuse_objects("takes", leaves)
         self._inputs = [store.keep(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         # Edges name the place in the graph of earlier calls without holding their data.
         self._edges = [
@@ -66,12 +64,18 @@ class BlockCall:
         """
         with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
             outputs, structure = pytree.tree_flatten(self._forward(*args, **kwargs))
+        self._refuse_objects("returns", outputs)
         for index, output in enumerate(outputs):
             if isinstance(output, torch.Tensor) and output.requires_grad:
                 self._norms[index] = _norm(output)
                 root = torch.zeros((), device=output.device, requires_grad=True)
                 outputs[index] = _Boundary.apply(output.detach(), root, self, index)
         return pytree.tree_unflatten(outputs, structure)
+
+    def _refuse_objects(self, verb: str, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+                raise FallBack(f"block {self.name} {verb} an object, a {type(leaf).__name__}")
 
     def receive(self, index: int, gradient: torch.Tensor) -> None:
         """Adds to the gradient of output `index`."""

@@ -1,13 +1,15 @@
 """Three strategies, one result; each within the memory and work that it promises."""
 
 import warnings
+import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from lorasb_kernels.init import boundary_store, estimate_updates
 from lorasb_kernels.init import estimate as estimate_module
-from lorasb_kernels.init import estimate_updates
 from lorasb_kernels.init.gradient_sums import GradientSums
 from tests.init.models import (
     FAMILIES,
@@ -156,6 +158,69 @@ def test_layerwise_runs_each_block_twice_and_keeps_no_activations():
     assert len(runs) == 2 * len(model.blocks) * len(batches)
 
 
+class SavesAnArray(torch.autograd.Function):
+    """Identity that saves a tensor over a numpy array, whose life can be watched."""
+
+    @staticmethod
+    def forward(ctx, x, alive):
+        array = x.detach().numpy().copy()
+        alive.add(array)
+        ctx.save_for_backward(torch.from_numpy(array))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 0 * ctx.saved_tensors[0], None
+
+
+class Alive:
+    """How many of the arrays that were added live."""
+
+    def __init__(self):
+        self.references = []
+
+    def add(self, array):
+        self.references.append(weakref.ref(array))
+
+    def count(self):
+        return sum(reference() is not None for reference in self.references)
+
+
+@pytest.mark.parametrize(("strategy", "most"), [("layerwise", 1), ("resident", 3)])
+def test_activations_at_a_time(strategy, most):
+    model = Stack()
+    alive, peaks = Alive(), []
+    for block in model.blocks:
+        original = block.forward
+
+        def forward(x, original=original):
+            y = SavesAnArray.apply(original(x), alive)
+            peaks.append(alive.count())
+            return y
+
+        block.forward = forward
+    signs(model, stack_batches(), linear_names(model), strategy, loss_fn=stack_loss)
+    assert max(peaks) == most
+    assert alive.count() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to offload from")
+def test_block_inputs_beyond_the_budget_wait_in_host_memory(monkeypatch):
+    moved = []
+    real = boundary_store.Offloaded
+    monkeypatch.setattr(
+        boundary_store, "Offloaded", lambda *a: moved.append(1) or real(*a), raising=True
+    )
+    model = llama().cuda()
+    names = linear_names(model)
+    wanted = signs(model, batches_for("llama"), names, "layerwise")
+    assert not moved
+    one_block = sum(4 * model.get_submodule(n).weight.numel() for n in names if ".2." in n)
+    found = signs(model, batches_for("llama"), names, "layerwise", memory_budget=one_block + 2048)
+    assert moved
+    assert found == wanted
+
+
 def test_layerwise_skips_blocks_below_the_first_target():
     model = Stack()
     runs = []
@@ -250,6 +315,18 @@ def with_cache(model, batch):
     return model.after(x).squeeze(1)
 
 
+@dataclass
+class Wrapped:
+    value: torch.Tensor
+
+
+def with_wrapped_outputs(model, batch):
+    x = model.before(batch)
+    for block in model.blocks:
+        x = block(x, wrapped=True).value
+    return model.after(x).squeeze(1)
+
+
 def changed_in_place(model, batch):
     x, offset = model.before(batch), torch.zeros(())
     for block in model.blocks:
@@ -281,7 +358,8 @@ def test_blocks_that_read_outside_state_fall_back_to_grouped():
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
-        (with_cache, "block blocks.0 takes a object"),
+        (with_cache, "block blocks.0 takes an object, a object"),
+        (with_wrapped_outputs, "block blocks.0 returns an object, a Wrapped"),
         (changed_in_place, "an input of block blocks.2 was changed in place"),
         (varying_depth, "batches run through different sequences of blocks"),
     ],
@@ -290,7 +368,12 @@ def test_blocks_that_cannot_be_run_alone_fall_back_to_grouped(loss, reason):
     model = Stack()
     for block in model.blocks:
         original = block.forward
-        block.forward = lambda x, offset=0, cache=None, original=original: original(x + offset)
+
+        def forward(x, offset=0, cache=None, wrapped=False, original=original):
+            y = original(x + offset)
+            return Wrapped(y) if wrapped else y
+
+        block.forward = forward
     names = linear_names(model)
     wanted = signs(model, stack_batches(), names, "resident", loss_fn=loss)
     with pytest.warns(UserWarning, match=f"'layerwise' gave up: {reason}; using 'grouped'"):
