@@ -29,6 +29,7 @@ from lorasb_kernels.files import write_text
 from lorasb_kernels.ops.core_backward.triton import gradient_kernel
 from lorasb_kernels.ops.expand.triton import BLOCK_R, GROUP_M, expand_kernel
 from lorasb_kernels.ops.projection import projection_kernel
+from lorasb_kernels.ops.sign_resources import SIGN_KERNELS
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     Tile,
@@ -38,7 +39,6 @@ from lorasb_kernels.ops.tiles import (
     rank_tiles,
 )
 
-KERNELS = ("projection", "gradient", "expand")
 DTYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -97,9 +97,10 @@ class Report:
 
 def variants(arch: str, dtype: str, kernel: str) -> Iterator[Variant]:
     """The variants of a kernel that the shipped tiles make, on shapes divisible by 16."""
-    build = {"projection": _projections, "gradient": _gradients, "expand": _expands}[kernel]
+    function, build = KERNELS[kernel]
     for case, tile, arguments, constants in build(arch, getattr(torch, dtype)):
-        constants["PRECISION"] = "tf32x3" if dtype == "float32" else "tf32"
+        if "PRECISION" in function.arg_names:
+            constants.setdefault("PRECISION", "tf32x3" if dtype == "float32" else "tf32")
         yield Variant(kernel, case, arch, dtype, tile, arguments, constants)
 
 
@@ -163,13 +164,18 @@ def _expands(arch: str, dtype: torch.dtype):
         yield case, expand_tile(arch, dtype, dropout), arguments, constants
 
 
+# Each kernel and what makes its cases for an architecture and a dtype.
+KERNELS = {
+    "projection": (projection_kernel, _projections),
+    "gradient": (gradient_kernel, _gradients),
+    "expand": (expand_kernel, _expands),
+    **SIGN_KERNELS,
+}
+
+
 def compile_variant(variant: Variant):
     """Triton's compiled kernel for a variant."""
-    function = {
-        "projection": projection_kernel,
-        "gradient": gradient_kernel,
-        "expand": expand_kernel,
-    }[variant.kernel]
+    function, _ = KERNELS[variant.kernel]
     pointer = _POINTERS[variant.dtype]
     arguments = {k: pointer if v == "*" else v for k, v in variant.arguments.items()}
     constants = {**variant.constants, **variant.tile.launch_options()}

@@ -13,7 +13,8 @@ Packing: memory bound, no reuse: 16 KB of the accumulator a block.
 tiles of 32 (96 + 48, the width of a rank-96 range finder, costs 160). Their accumulators are
 at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at BLOCK_M = 64. A step of
 Z is 32·160·4 = 20 KB. Every block of rows reads all of Z from L2, so rows are taken 64 at a
-time where that gives each multiprocessor a block; else 32, with 8 warps, as 4 spill.
+time where that gives each multiprocessor a block, and on sm_90, whose wgmma takes 64; else
+32, with 8 warps, as 4 spill.
 """
 
 import dataclasses
@@ -68,7 +69,7 @@ def sign_matmul_tile(arch: str, rows: int, q: int, multiprocessors: int) -> Sign
     width, tiles = column_tiles(q)
     if arch == INTERPRETER:
         return SignMatmulTile(4, 1, BLOCK_M=32, BLOCK_K=64, BLOCK_Q=width, COLUMN_TILES=tiles)
-    tall = rows >= 64 * multiprocessors
+    tall = arch == "sm_90" or rows >= 64 * multiprocessors
     return SignMatmulTile(
         num_warps=4 if tall else 8,
         num_stages=3,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lorasb_kernels.ops import projection, tiles, weight_gradient
+from lorasb_kernels.ops import projection, weight_gradient
 from lorasb_kernels.ops.core_backward import triton as core_backward
 from lorasb_kernels.ops.expand import triton as expand
 from lorasb_kernels.ops.pack_signs import triton as pack_signs
@@ -93,7 +93,7 @@ def emulated(multiprocessors: int = 8, **options):
             _replace(stack, module, name, EmulatedKernel(getattr(module, name), log, options))
         for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
             _replace(stack, module, "architecture", lambda device: ARCH)
-        _replace(stack, tiles, "_multiprocessors", lambda device: multiprocessors)
+        _replace(stack, projection, "multiprocessors", lambda device: multiprocessors)
         _replace(stack, sign_matmul, "multiprocessors", lambda device: multiprocessors)
         yield log
 

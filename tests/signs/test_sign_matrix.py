@@ -48,7 +48,7 @@ def test_dense_dtypes(dtype):
     dense = SignMatrix.from_dense(ternary(5, 40)).to_dense(dtype)
     assert dense.dtype == dtype
     assert torch.equal(dense.float(), ternary(5, 40))
-    with pytest.raises(TypeError, match="torch.int8"):
+    with pytest.raises(TypeError, match="int8"):
         SignMatrix.from_dense(ternary(5, 40)).to_dense(torch.int8)
 
 
@@ -127,7 +127,7 @@ def test_bad_planes_are_named():
     planes = torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"positive has shape \(2, 2\)"):
         SignMatrix(planes, planes, 20)
-    with pytest.raises(TypeError, match="negative has dtype torch.int64"):
+    with pytest.raises(TypeError, match="negative has dtype"):
         SignMatrix(planes, planes.long(), 50)
 
 
