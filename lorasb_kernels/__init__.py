@@ -17,6 +17,7 @@ _HOME = {
     "adapt": "lorasb_kernels.adaptation",
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
+    "explain": "lorasb_kernels.explanation",
     "export_peft": "lorasb_kernels.export",
     "import_peft": "lorasb_kernels.published",
     "load_adapter": "lorasb_kernels.checkpoint",

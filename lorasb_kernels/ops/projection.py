@@ -24,7 +24,13 @@ import triton.language as tl
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.kernel_parts import arrives_last, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
-from lorasb_kernels.ops.tiles import architecture, column_splits, projection_tile, rank_tiles
+from lorasb_kernels.ops.tiles import (
+    architecture,
+    column_splits,
+    multiprocessors,
+    projection_tile,
+    rank_tiles,
+)
 
 
 @triton.jit
@@ -185,7 +191,7 @@ def project(
     tile = projection_tile(architecture(x.device), x.dtype, r)
     block_r, tiles = rank_tiles(r)
     row_tiles = triton.cdiv(M, tile.BLOCK_M)
-    splits, columns_per_split = column_splits(row_tiles, n, tile, x.device)
+    splits, columns_per_split = column_splits(row_tiles, n, tile, multiprocessors(x.device))
     partial = arrived = None
     if splits > 1:
         partial = torch.empty((splits, M, tiles * block_r), dtype=torch.float32, device=x.device)

@@ -35,7 +35,8 @@ import functools
 import torch
 
 INTERPRETER = "interpreter"
-_INTERPRETER_SMS = 8
+# Of the devices that the tables were made for.
+MULTIPROCESSORS = {INTERPRETER: 8, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +119,16 @@ def expand_tile(arch: str, dtype: torch.dtype, dropout: bool) -> ExpandTile:
     return tiles[arch][dtype.itemsize]
 
 
-def column_splits(row_tiles: int, n: int, tile: ProjectionTile, device: torch.device):
+def column_splits(
+    row_tiles: int, n: int, tile: ProjectionTile, multiprocessors: int
+) -> tuple[int, int]:
     """How many blocks share a row tile of the projection, and how many columns each takes.
 
     As many as fill the device once, of at least two steps each. Depends on the shape and
     the device alone.
     """
     steps = -(-n // tile.BLOCK_K)
-    splits = max(1, min(_multiprocessors(device) // row_tiles, steps // 2))
+    splits = max(1, min(multiprocessors // row_tiles, steps // 2))
     steps_per_split = -(-steps // splits)
     return -(-steps // steps_per_split), steps_per_split * tile.BLOCK_K
 
@@ -143,9 +146,10 @@ def row_splits(M: int, tile: GradientTile) -> tuple[int, int]:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
     if device.type != "cuda":
-        return _INTERPRETER_SMS
+        return MULTIPROCESSORS[INTERPRETER]
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -164,7 +168,7 @@ def _ampere_projection(num_stages: int):
             # Seven tiles of 32: the core's operands would spill with 32 rows.
             224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=num_stages),
             256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
-            512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=2),
+            512: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
         {
             64: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=num_stages),
@@ -220,8 +224,32 @@ MASKED_EXPAND_TILES = {
     **dict.fromkeys(ARCHITECTURES, _MASKED_EXPAND),
 }
 
+# What `ops/tune.py` times against each other; a tile that a device has no room for is passed over.
+EXPAND_CANDIDATES = _by_itemsize(
+    (
+        ExpandTile(8, 3, 128, 128, 64),
+        ExpandTile(8, 4, 128, 128, 64),
+        ExpandTile(8, 4, 128, 128, 32),
+        ExpandTile(8, 4, 128, 256, 64),
+        ExpandTile(8, 3, 256, 128, 64),
+        ExpandTile(4, 3, 64, 128, 64),
+        ExpandTile(8, 3, 64, 128, 64),
+        ExpandTile(4, 4, 128, 64, 64),
+        ExpandTile(4, 4, 64, 64, 64),
+    ),
+    (
+        ExpandTile(8, 3, 128, 64, 32),
+        ExpandTile(4, 3, 64, 64, 32),
+        ExpandTile(8, 3, 64, 128, 32),
+        ExpandTile(4, 4, 64, 64, 16),
+    ),
+)
+
 __all__ = [
     "ARCHITECTURES",
+    "EXPAND_CANDIDATES",
+    "INTERPRETER",
+    "MULTIPROCESSORS",
     "ExpandTile",
     "GradientTile",
     "ProjectionTile",
@@ -229,6 +257,7 @@ __all__ = [
     "column_splits",
     "expand_tile",
     "gradient_tile",
+    "multiprocessors",
     "projection_tile",
     "rank_tiles",
     "row_splits",

@@ -13,6 +13,8 @@ COMMANDS = {
     "demo": "fine-tune SmolLM2-135M on headlines, in minutes on a CPU",
     "demo-compare": "compare methods on a small encoder, over seeds and learning rates",
     "describe": "show what an adapter costs, before or after training",
+    "explain": "show which backend, route and tiles a layer would run with",
+    "tune": "measure the routes of the frozen product on this GPU and save them",
     "merge": "merge an adapter into its base model and save a plain model",
     "version": "show the versions of the library and of what it runs on",
 }

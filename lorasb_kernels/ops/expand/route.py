@@ -1,7 +1,7 @@
 """Which route `expand` takes on a GPU, with which tile, and why.
 
 Measured where it has been measured, a stated rule elsewhere. Measurements are kept in JSON
-files of one architecture each: those shipped in `lorasb_kernels/ops/tuning/`, and before
+files of one architecture each: those shipped in `lorasb_kernels/ops/tuned/`, and before
 them the file that the environment variable `LORASB_TUNING` names, which `lorasb tune`
 writes. Nothing is measured unless asked, so the bits of a result do not change by themselves.
 
@@ -27,7 +27,7 @@ from lorasb_kernels.ops.tiles import (
 
 FORMAT = 1
 ROUTES = ("fused", "two_call")
-SHIPPED = Path(__file__).resolve().parent.parent / "tuning"
+SHIPPED = Path(__file__).resolve().parent.parent / "tuned"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""Which backend, route and tiles a layer would run with, and why."""
+
+import dataclasses
+
+import torch
+
+from lorasb_kernels.ops.backend import choose_backend, resolve_backend
+from lorasb_kernels.ops.expand.route import plan_route
+from lorasb_kernels.ops.tiles import (
+    ARCHITECTURES,
+    MULTIPROCESSORS,
+    Tile,
+    architecture,
+    column_splits,
+    gradient_tile,
+    multiprocessors,
+    projection_tile,
+    rank_tiles,
+    row_splits,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation of a layer: what runs for it, with which tile (None: no kernel of ours)."""
+
+    operation: str
+    runs: str
+    tile: Tile | None
+    reason: str
+
+    def __str__(self) -> str:
+        tile = "" if self.tile is None else f" [{_brief(self.tile)}]"
+        return f"{self.operation}: {self.runs}{tile} ({self.reason})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The backend, why it was chosen, and the steps of one forward and backward pass."""
+
+    backend: str
+    reason: str
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        head = f"backend {self.backend}: {self.reason}"
+        return "\n".join([head, *(f"  {step}" for step in self.steps)])
+
+
+def explain(
+    layer_or_shape,
+    *,
+    tokens: int = 8192,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    dropout_p: float | None = None,
+    arch: str | None = None,
+) -> Explanation:
+    """Says how a layer runs: backend, route, tiles, splits, and the reason for each.
+
+    Args:
+        layer_or_shape: a `LoRASBLinear`, or its shape `(m, n, r)`.
+        tokens: M, rows of the input.
+        backend: default: the layer's, or `"auto"`.
+        dtype: default: the weight's, or bf16.
+        device: default: the weight's, or the current CUDA device, or the CPU.
+        dropout_p: default: the layer's, or 0.
+        arch: plan Triton's kernels for `"sm_80"`, `"sm_86"`, `"sm_89"` or `"sm_90"` instead of
+            the device; no GPU is needed.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected.
+        RuntimeError: a named backend that cannot run on the device.
+    """
+    if hasattr(layer_or_shape, "lora_R"):
+        weight = layer_or_shape.weight
+        m, n = weight.shape
+        r = layer_or_shape.lora_R.shape[0]
+        dtype, device = dtype or weight.dtype, device or weight.device
+        backend = backend or layer_or_shape.backend
+        dropout_p = layer_or_shape.dropout_p if dropout_p is None else dropout_p
+    elif isinstance(layer_or_shape, tuple) and len(layer_or_shape) == 3:
+        m, n, r = layer_or_shape
+    else:
+        raise TypeError(f"layer_or_shape is {layer_or_shape!r}; expected a layer or (m, n, r)")
+    dtype = dtype or torch.bfloat16
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arch is None:
+        backend, reason = _backend(backend or "auto", device, dtype)
+        arch, sms = architecture(device), multiprocessors(device)
+    elif arch in ARCHITECTURES:
+        backend, reason, sms = "triton", f"planned for {arch}", MULTIPROCESSORS[arch]
+    else:
+        raise ValueError(f"arch is {arch!r}; expected one of {ARCHITECTURES}")
+    steps = ()
+    if backend == "triton":
+        steps = _triton_steps(tokens, m, n, r, dtype, (dropout_p or 0) > 0, arch, sms)
+    return Explanation(backend, reason, steps)
+
+
+def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if backend == "auto":
+        return choose_backend(device, dtype)
+    return resolve_backend(backend, device, dtype), "asked for by name"
+
+
+def _triton_steps(M, m, n, r, dtype, dropout, arch, sms) -> tuple[Step, ...]:
+    width, tiles = rank_tiles(r)
+    partial = gradient_tile(arch, dtype)
+    parts = row_splits(M, partial)[0]
+    gradient = Step("dR", "gradient kernel", partial, f"rows summed in {parts} parts by {M} rows")
+
+    def projection(operation: str, columns: int) -> Step:
+        tile = projection_tile(arch, dtype, r)
+        row_tiles = max(1, -(-M // tile.BLOCK_M))
+        splits, _ = column_splits(row_tiles, columns, tile, sms)
+        reason = (
+            f"rank {r} as {tiles} tiles of {width}; {row_tiles} row tiles on {sms} "
+            f"multiprocessors, columns split {splits} ways"
+        )
+        return Step(operation, "projection kernel", tile, reason)
+
+    def product(operation: str, N: int, K: int, transposed: bool, masked: bool) -> Step:
+        route = plan_route(arch, dtype, M, N, K, r, transposed, masked)
+        ours = route.name == "fused" or masked
+        return Step(operation, route.name, route.tile if ours else None, route.reason)
+
+    return (
+        projection("shrink", n),
+        product("expand", m, n, transposed=False, masked=False),
+        projection("core_backward", m),
+        gradient,
+        product("dx", n, m, transposed=True, masked=dropout),
+    )
+
+
+def _brief(tile: Tile) -> str:
+    options = tile.launch_options()
+    blocks = "×".join(str(v) for k, v in options.items() if k.startswith("BLOCK"))
+    return f"{blocks}, {tile.num_warps} warps, {tile.num_stages} stages"
+
+
+__all__ = ["Explanation", "Step", "explain"]

@@ -1,0 +1,57 @@
+"""The Triton form of the dropout bits against exact integers, far out in a large matrix."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from lorasb_kernels.ops.dropout import keep_threshold, random_bits
+from lorasb_kernels.ops.kernel_parts import keep_mask
+from tests.ops.operands import SEED
+
+ROWS, COLUMNS = 8, 16
+
+
+@triton.jit
+def mask_kernel(
+    mask_ptr, seed_ptr, first_row, row_length, threshold, R: tl.constexpr, C: tl.constexpr
+):
+    rows = tl.cast(first_row, tl.int64) + tl.arange(0, R)
+    columns = tl.arange(0, C)
+    mask = keep_mask(tl.load(seed_ptr), rows, columns, row_length, threshold)
+    offsets = tl.arange(0, R)[:, None] * C + columns[None, :]
+    tl.store(mask_ptr + offsets, mask.to(tl.int8))
+
+
+def squares(counter: int, key: int) -> int:
+    """Widynski's squares32, in Python integers."""
+    word = 2**64 - 1
+    x = y = counter * key & word
+    z = y + key & word
+    for add in (y, z, y):
+        x = x * x + add & word
+        x = x >> 32 | x << 32 & word
+    return (x * x + z & word) >> 32
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
+@pytest.mark.parametrize("first_row", [0, 2**19, 2**31 - 4, 2**40])
+def test_mask_far_out(first_row, p, device):
+    row_length = 14336
+    mask = torch.empty(ROWS, COLUMNS, dtype=torch.int8, device=device)
+    seed = torch.tensor([SEED], device=device)
+    mask_kernel[(1,)](mask, seed, first_row, row_length, keep_threshold(p), R=ROWS, C=COLUMNS)
+    expected = [
+        [
+            squares((first_row + i) * row_length + j, SEED | 1) >= keep_threshold(p)
+            for j in range(COLUMNS)
+        ]
+        for i in range(ROWS)
+    ]
+    assert mask.bool().tolist() == expected
+
+
+def test_the_reference_bits_are_those_of_the_paper(device):
+    bits = random_bits(3, 5, torch.tensor([SEED], device=device))
+    expected = [[squares(5 * i + j, SEED | 1) for j in range(5)] for i in range(3)]
+    assert bits.tolist() == expected
