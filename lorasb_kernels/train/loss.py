@@ -22,7 +22,8 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
     Returns:
         losses [samples, columns], fp32, 0 where there is no label; and where there is one.
     """
-    inputs = dict(batch)
+    # With a cache, models of transformers would not look for the boundaries of packed samples.
+    inputs = dict(batch, use_cache=False)
     targets = inputs.pop("labels")[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero().flatten()
     if takes_logits_to_keep(model):

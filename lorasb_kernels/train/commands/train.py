@@ -1,4 +1,4 @@
-"""Fine-tune a model.
+r"""Fine-tune a model.
 
 Settings come from a preset, then a YAML or JSON file, then flags, later ones first. With
 several methods each trains in its own folder under output_dir, and one plot compares them.
@@ -25,10 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=preset_names(), help="the papers' hyperparameters")
     for name, field in fields().items():
         flag = f"--{name.replace('_', '-')}"
-        shown = "" if field.default is not None and not isinstance(field.default, str) else " "
-        help_text = (
-            f"default {field.default!r}" if isinstance(field.default, (int, float, str)) else shown
-        )
+        shown = isinstance(field.default, (int, float, str))
+        help_text = f"default {field.default}" if shown else None
         if field.type is bool:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=None, help=help_text

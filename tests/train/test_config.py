@@ -1,0 +1,100 @@
+"""Settings: the papers' presets, layers of settings, errors that name what is wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lorasb_kernels.train.config import LLAMA_TARGETS, TrainConfig, load_file, load_preset, resolve
+from lorasb_kernels.train.errors import ConfigError
+
+NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "o"}
+
+# preset, r, learning rate, schedule, batch, accumulation, length, epochs, dropout, warm-up
+PAPER = [
+    ("arithmetic", 32, 1e-4, "cosine", 1, 32, 512, 1, 0.0, 0.02),
+    ("commonsense", 32, 2e-3, "linear", 6, 24, 256, 2, 0.05, 0.02),
+    ("glue", 8, 1e-3, "linear", 128, 1, 256, 30, 0.0, 0.06),
+]
+
+
+@pytest.mark.parametrize("row", PAPER, ids=[row[0] for row in PAPER])
+def test_presets_carry_the_hyperparameters_of_the_papers(row):
+    config = resolve({**NEEDED, "preset": row[0]})
+    names = "r learning_rate schedule batch_size accumulation max_length epochs dropout"
+    found = tuple(getattr(config, name) for name in [*names.split(), "warmup_ratio"])
+    assert found == row[1:]
+    assert config.method == "lora-sb"
+    assert config.init_share == 1e-3
+
+
+def test_presets_target_the_layers_of_the_papers():
+    for name in ("arithmetic", "commonsense"):
+        assert resolve({**NEEDED, "preset": name}).target_modules == LLAMA_TARGETS
+    targets = resolve({**NEEDED, "preset": "glue"}).target_modules
+    assert targets == ("query", "key", "value", "attention.output.dense")
+
+
+def test_later_layers_win_and_the_preset_lies_below():
+    config = resolve({"preset": "arithmetic", "r": 64}, NEEDED, {"r": 96})
+    assert config.r == 96
+    assert config.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_files_are_read_with_plain_exponents(tmp_path, suffix):
+    path = tmp_path / f"run.{suffix}"
+    text = '{"learning_rate": 1e-4, "r": 8}' if suffix == "json" else "learning_rate: 1e-4\nr: 8"
+    path.write_text(text)
+    assert load_file(path) == {"learning_rate": 1e-4, "r": 8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": "8"}, "r is '8'; expected int"),
+        ({"r": True}, "r is True; expected int"),
+        ({"r": 0}, "r is 0; expected a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; expected a positive number"),
+        ({"method": "lorasb"}, "method is 'lorasb'; expected one of lora-sb"),
+        ({"task": "chat"}, "task is 'chat'; expected one of causal-lm"),
+        ({"evaluation": "accuracy"}, "evaluation is 'accuracy'; expected one of loss"),
+        ({"task": "classification", "batching": "packed"}, "batching is 'packed'"),
+        ({"dropout": 1.0}, "dropout is 1.0; expected 0 ≤ dropout < 1"),
+        ({"init_share": 0}, "init_share is 0"),
+        ({"target_modules": 3}, "target_modules is 3; expected str or tuple"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"learning_rte": 1}, "unknown learning_rte; expected some of accumulation"),
+        ({"preset": "math"}, "preset is 'math'; expected one of arithmetic"),
+    ],
+)
+def test_unusable_settings_are_named(settings, message):
+    with pytest.raises(ConfigError) as error:
+        resolve({**NEEDED, **settings})
+    assert message in str(error.value)
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ConfigError, match="missing model, output_dir"):
+        resolve({"data": "d"})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: b: c", "rr: 8"])
+def test_unusable_files_are_named(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_file(path)
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_file(tmp_path / "none.yaml")
+
+
+def test_settings_survive_json():
+    config = TrainConfig(**NEEDED, target_modules=("q_proj", "v_proj"))
+    assert resolve(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_presets_hold_known_settings_only():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    for name, *_ in PAPER:
+        assert set(load_preset(name)) <= names

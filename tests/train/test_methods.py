@@ -1,0 +1,141 @@
+"""Every method trains, lowers its loss and leaves small checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasb_kernels.train.batching import Collator
+from lorasb_kernels.train.encoding import Encoder
+from lorasb_kernels.train.errors import ConfigError, DataError
+from lorasb_kernels.train.methods import estimation_batches
+from lorasb_kernels.train.run import finetune
+from tests.train.conftest import reviews, sums, tiny_config
+
+ALL_METHODS = ["lora-sb", "lora-xs", "lora", "rslora", "pissa", "dora", "full"]
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_lowers_the_loss(method, llama, tmp_path):
+    rate = 5e-3 if method == "full" else 2e-2
+    config = tiny_config(llama, tmp_path, method=method, learning_rate=rate, r=16)
+    _, _, result = finetune(config, sums(96), sums(20), judge_before=True)
+    losses = [loss for _, loss in result.losses]
+    assert len(losses) == result.steps == 12
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert result.after < 0.8 * result.before
+
+
+def test_lora_sb_starts_below_lora_xs(llama, tmp_path):
+    """Its initialization is already a step down the gradient of real samples."""
+
+    def first_loss(method: str) -> float:
+        folder = tmp_path / method
+        config = tiny_config(llama, folder, method=method, max_steps=2, init_minimum=48)
+        return finetune(config, sums(96))[2].losses[0][1]
+
+    assert first_loss("lora-sb") < 0.9 * first_loss("lora-xs")
+
+
+def test_lora_sb_trains_r_squared_numbers_a_layer(llama, tmp_path):
+    config = tiny_config(llama, tmp_path, max_steps=2, save_steps=1)
+    _, _, result = finetune(config, sums(16))
+    assert result.trainable == 14 * 4 * 4
+    saved = load_file(tmp_path / "checkpoint-2" / "trained.safetensors")
+    assert len(saved) == 14
+    assert all(name.endswith("lora_R") and saved[name].shape == (4, 4) for name in saved)
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+
+
+def test_a_checkpoint_holds_no_pickle_and_a_b_lie_in_the_adapter_once(llama, tmp_path):
+    config = tiny_config(llama, tmp_path, max_steps=3, save_steps=1)
+    finetune(config, sums(24))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter",
+        "checkpoint-2",  # the last two are kept
+        "checkpoint-3",
+        "config.json",
+        "result.json",
+    ]
+    suffixes = {path.suffix for path in (tmp_path / "checkpoint-3").iterdir()}
+    assert suffixes == {".safetensors", ".json"}
+    assert (tmp_path / "adapter" / "subspace.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "full"])
+def test_classification_trains_the_head_too(method, bert, tmp_path):
+    config = tiny_config(
+        bert, tmp_path, task="classification", method=method, learning_rate=1e-2, max_steps=16
+    )
+    _, _, result = finetune(config, reviews(128), reviews(40))
+    assert result.after > 0.8
+    if method == "lora-sb":
+        saved = load_file(tmp_path / "checkpoint-16" / "trained.safetensors")
+        assert {"classifier.weight", "classifier.bias"} <= saved.keys()
+        assert result.trainable == 13 * 16 + 2 * 32 + 2
+
+
+def test_packed_batches_train(llama, tmp_path):
+    config = tiny_config(llama, tmp_path, batching="packed", batch_size=2, max_length=64)
+    _, _, result = finetune(config, sums(96))
+    losses = [loss for _, loss in result.losses]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_accumulation_is_a_larger_batch(llama, tmp_path):
+    """The loss is a mean over all response tokens of the step, however it is cut."""
+    whole = finetune(tiny_config(llama, tmp_path / "a", batch_size=8), sums(48))[2]
+    parts = finetune(tiny_config(llama, tmp_path / "b", batch_size=2, accumulation=4), sums(48))[2]
+    # The estimation batches differ in size, which must not matter either.
+    torch.testing.assert_close(
+        torch.tensor(parts.losses), torch.tensor(whole.losses), rtol=2e-3, atol=0
+    )
+
+
+def test_other_settings_do_not_continue_a_run(llama, tmp_path):
+    finetune(tiny_config(llama, tmp_path, max_steps=1), sums(8))
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.5, but output_dir"):
+        finetune(tiny_config(llama, tmp_path, max_steps=1, learning_rate=0.5), sums(8))
+
+
+def test_rows_that_do_not_fit_are_an_error(llama, tmp_path):
+    with pytest.raises(DataError, match="no training row fits into max_length = 4 tokens"):
+        finetune(tiny_config(llama, tmp_path, max_length=4), sums(8))
+
+
+@pytest.mark.parametrize(
+    ("share", "minimum", "expected"), [(0.001, 8, 8), (0.5, 8, 48), (0.001, 500, 96)]
+)
+def test_the_update_is_estimated_from_a_share_with_a_minimum(
+    llama, tmp_path, tokenizer, share, minimum, expected
+):
+    config = tiny_config(llama, tmp_path, init_share=share, init_minimum=minimum)
+    samples = Encoder(tokenizer, 32).examples(sums(96))
+    batches = estimation_batches(config, samples, 0, torch.device("cpu"))
+    assert sum(len(batch["input_ids"]) for batch in batches) == expected
+    assert max(len(batch["input_ids"]) for batch in batches) <= config.batch_size
+    again = estimation_batches(config, samples, 0, torch.device("cpu"))
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True)
+    )
+
+
+def test_the_result_is_written(llama, tmp_path):
+    _, _, result = finetune(tiny_config(llama, tmp_path, max_steps=2), sums(16), sums(4))
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["after"] == result.after
+    assert [tuple(point) for point in written["losses"]] == result.losses
+
+
+def test_the_saved_adapter_is_the_trained_model(llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from lorasb_kernels import load_adapter
+
+    model, encoder, _ = finetune(tiny_config(llama, tmp_path), sums(48))
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "adapter")
+    batch = Collator(0)(encoder.examples(sums(4)))
+    model.eval(), loaded.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, loaded(**batch).logits)
