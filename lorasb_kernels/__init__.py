@@ -14,6 +14,7 @@ _HOME = {
     "SignMatrix": "lorasb_kernels.init",
     "LoRASBConfig": "lorasb_kernels.config",
     "LoRASBLinear": "lorasb_kernels.nn",
+    "PackedCores": "lorasb_kernels.packing",
     "adapt": "lorasb_kernels.adaptation",
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",

@@ -1,0 +1,186 @@
+"""All cores in one flat buffer, so that an optimizer step is one tensor and clipping one norm.
+
+A model has hundreds of cores of a few thousand elements: AdamW, clipping and `zero_grad` spend
+their time on launches. `PackedCores` moves them into one fp32 vector, of which each `lora_R`
+stays a view, and offers that vector as the one parameter for any optimizer of `torch.optim`
+that works element by element:
+
+    packed = PackedCores(model)
+    optimizer = torch.optim.AdamW([packed.parameter], lr=1e-4)
+    ...
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([packed.parameter], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+import torch
+from torch import nn
+
+from lorasb_kernels.checkpoint import layers_of
+
+
+class PackedCores:
+    """The cores of an adapted model as views of one parameter.
+
+    The layers keep their `lora_R` parameters: names, `state_dict`, `save_adapter` and
+    `load_adapter` are as before, and gradients appear in `lora_R.grad` and in
+    `parameter.grad`, the same memory. Either `optimizer.zero_grad()` or `model.zero_grad()`
+    starts a new sum.
+
+    Limits: a core without a gradient counts as one with a gradient of 0 (a plain AdamW would
+    skip it); all cores are on one device and stay there (pack after `model.to(device)`); a
+    deep copy of the model is a plain model; optimizers that look at whole matrices (Muon,
+    Adafactor, LAMB) need the separate cores; and so does `fully_shard`.
+
+    Args:
+        model: an adapted model.
+
+    Attributes:
+        parameter: fp32 [Σ r²], the cores one after another in module order.
+
+    Raises:
+        ValueError: the model holds no adapter, cores on several devices or of several dtypes,
+            or cores that do not require grad.
+    """
+
+    def __init__(self, model: nn.Module):
+        layers = layers_of(model)
+        self._cores = {name: layer.lora_R for name, layer in layers.items()}
+        first = next(iter(self._cores.values()))
+        for name, core in self._cores.items():
+            if core.device != first.device or core.dtype != first.dtype:
+                raise ValueError(
+                    f"{name}.lora_R is {core.dtype} on {core.device}; expected {first.dtype} on "
+                    f"{first.device}, as the others"
+                )
+            if not core.requires_grad:
+                raise ValueError(f"{name}.lora_R is frozen; expected it to require grad")
+        flat = torch.cat([core.detach().reshape(-1) for core in self._cores.values()])
+        self.parameter = nn.Parameter(flat)
+        self._gradient = torch.zeros_like(flat)
+        self._gradient_views = self._split(self._gradient)
+        for (name, core), view in zip(self._cores.items(), self._split(flat), strict=True):
+            core.data = view
+            core.grad = None
+            core.register_hook(self._before_accumulation(name))
+            core.register_post_accumulate_grad_hook(self._after_accumulation(name))
+
+    def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = flat.split([core.numel() for core in self._cores.values()])
+        return [p.view_as(core) for p, core in zip(parts, self._cores.values(), strict=True)]
+
+    def _before_accumulation(self, name: str):
+        core, offset = self._cores[name], self._offset(name)
+
+        def start_new_sum_if_gradients_were_cleared(_):
+            if core.data_ptr() != self.parameter.data_ptr() + offset:
+                raise RuntimeError(
+                    f"{name}.lora_R is no longer a view of the packed cores; expected "
+                    "PackedCores(model) after the model's last move or cast"
+                )
+            if self.parameter.grad is None:  # optimizer.zero_grad()
+                for other in self._cores.values():
+                    other.grad = None
+            elif core.grad is not None or any(c.grad is not None for c in self._latest_first()):
+                return
+            self._gradient.zero_()  # model.zero_grad(), or the first gradient of all
+
+        return start_new_sum_if_gradients_were_cleared
+
+    def _after_accumulation(self, name: str):
+        view = self._gradient_views[list(self._cores).index(name)]
+
+        def move_into_the_flat_gradient(core):
+            if core.grad.data_ptr() != view.data_ptr():
+                view.copy_(core.grad)
+                core.grad = view
+            self.parameter.grad = self._gradient
+
+        return move_into_the_flat_gradient
+
+    def _offset(self, name: str) -> int:
+        names = list(self._cores)
+        before = [self._cores[other].numel() for other in names[: names.index(name)]]
+        return sum(before) * self.parameter.element_size()
+
+    def _latest_first(self):
+        # Backward runs from the last layer to the first: the search ends at once.
+        return reversed(self._cores.values())
+
+    def separate_state(self, optimizer: torch.optim.Optimizer) -> dict:
+        """The optimizer's state dict as if it had been given the separate cores.
+
+        An optimizer over `[layer.lora_R, …]` in module order, in the place of
+        `packed.parameter`, loads it.
+
+        Raises:
+            ValueError: the optimizer does not hold the packed parameter.
+        """
+        position, count = self._position(optimizer), len(self._cores)
+        packed = optimizer.state_dict()
+        state = {}
+        for index, values in packed["state"].items():
+            if index != position:
+                state[index + (count - 1) * (index > position)] = values
+                continue
+            for i in range(count):
+                state[position + i] = {key: self._part(v, i) for key, v in values.items()}
+        groups = []
+        for group in packed["param_groups"]:
+            indices = []
+            for index in group["params"]:
+                first = index + (count - 1) * (index > position)
+                indices += range(first, first + (count if index == position else 1))
+            groups.append({**group, "params": indices})
+        return {"state": state, "param_groups": groups}
+
+    def load_separate_state(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
+        """Loads the state of an optimizer over the separate cores, the inverse of
+        `separate_state`.
+
+        Raises:
+            ValueError: the optimizer does not hold the packed parameter, or the cores in
+                `state_dict` have taken different numbers of steps.
+        """
+        position, count = self._position(optimizer), len(self._cores)
+        state, parts = {}, []
+        for index, values in sorted(state_dict["state"].items()):
+            if position <= index < position + count:
+                parts.append(values)
+            else:
+                state[index - (count - 1) * (index > position)] = values
+        if parts and len(parts) != count:
+            raise ValueError(f"state_dict has state for {len(parts)} cores; expected {count}")
+        if parts:
+            state[position] = {key: self._joined(key, parts) for key in parts[0]}
+        groups = []
+        for group in state_dict["param_groups"]:
+            kept = [i for i in group["params"] if not position < i < position + count]
+            indices = [i - (count - 1) * (i > position) for i in kept]
+            groups.append({**group, "params": indices})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _position(self, optimizer: torch.optim.Optimizer) -> int:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(held):
+            if parameter is self.parameter:
+                return index
+        raise ValueError("the optimizer does not hold packed.parameter; expected it among its own")
+
+    def _part(self, value, index: int):
+        if isinstance(value, torch.Tensor) and value.shape == self.parameter.shape:
+            return self._split(value)[index].clone()
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    def _joined(self, key: str, parts: list[dict]):
+        values = [part[key] for part in parts]
+        first = values[0]
+        if isinstance(first, torch.Tensor) and first.dim() == 2:
+            return torch.cat([value.reshape(-1) for value in values])
+        if any(value != first for value in values):
+            raise ValueError(f"state_dict has different {key!r} for the cores; expected one")
+        return first
+
+
+__all__ = ["PackedCores"]
