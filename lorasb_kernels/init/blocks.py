@@ -8,7 +8,7 @@ from torch import nn
 def find_blocks(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
     """The elements of the outermost module lists that contain `layers`, by name.
 
-    A list counts when it has at least two elements; an encoder-decoder has two such lists.
+    An encoder-decoder has two such lists; a block may serve several layers (ALBERT).
 
     Args:
         model: the model.
@@ -20,7 +20,7 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]
         for part in name.split("."):
             path.append(part)
             child = parent.get_submodule(part)
-            if isinstance(parent, nn.ModuleList) and len(parent) > 1:
+            if isinstance(parent, nn.ModuleList):
                 blocks[".".join(path)] = child
                 break
             parent = child
