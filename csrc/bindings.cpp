@@ -119,10 +119,8 @@ lorasb::Matrix matrix_of(const Tensor& tensor, bool transposed = false) {
   matrix.rows = static_cast<int32_t>(tensor.size(row));
   matrix.columns = static_cast<int32_t>(tensor.size(column));
   matrix.stride = tensor.stride(row);
-  const int64_t element = tensor.element_size();
-  const uint64_t alignment = reinterpret_cast<uintptr_t>(matrix.data) |
-                             (matrix.rows > 1 ? matrix.stride * element : 0);
-  matrix.copy_bytes = alignment % 16 == 0 ? 16 : alignment % 4 == 0 ? 4 : element;
+  const uint64_t pitch = matrix.rows > 1 ? matrix.stride * tensor.element_size() : 0;
+  matrix.copy_bytes = lorasb::copy_bytes(reinterpret_cast<uintptr_t>(matrix.data) | pitch);
   return matrix;
 }
 

@@ -14,13 +14,20 @@ namespace lorasb {
 
 enum class DType : int32_t { fp16, bf16, fp32 };
 
+inline int element_size(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
 // A row-major matrix: its last dimension is contiguous.
 struct Matrix {
   const void* data;
   int64_t stride;      // elements from one row to the next
   int32_t rows, columns;
-  int32_t copy_bytes;  // widest aligned copy that every row allows: 16, 4, or one element
+  int32_t copy_bytes;  // by `copy_bytes`, for all rows
 };
+
+// The widest copy for addresses that are multiples of `alignment` bytes: 16, 4, or an element.
+inline int32_t copy_bytes(uint64_t alignment) {
+  return alignment % 16 == 0 ? 16 : alignment % 4 == 0 ? 4 : 2;
+}
 
 // An operand [rows, columns] of which either dimension is contiguous. A matrix whose first
 // dimension is contiguous is kept as its transpose.

@@ -1,5 +1,6 @@
-// acc += (w ⊙ dy)ᵀ x, and sign((w ⊙ dy)ᵀ x) in one shot; see token_product.cuh.
-#include "token_product.cuh"
+// acc += (w ⊙ dy)ᵀ x, and sign((w ⊙ dy)ᵀ x) in one shot; see token_product.cu.
+#include "ops.h"
+#include "token_product.h"
 
 namespace lorasb {
 
@@ -13,12 +14,8 @@ Launch sign_gradient(const SignGradientParams& params, cudaStream_t stream) {
   product.negative = params.negative;
   product.out = params.acc;
   product.out_stride = params.acc_stride;
-  return dispatch(params.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const char* name = params.acc ? "sign_accumulate" : "sign_gradient";
-    return params.row_weight ? token_product<TokenProductTraits<T, true>>(product, 1, name, stream)
-                             : token_product<TokenProductTraits<T, false>>(product, 1, name, stream);
-  });
+  const char* name = params.acc ? "sign_accumulate" : "sign_gradient";
+  return token_product(params.dtype, product, 1, name, stream);
 }
 
 }  // namespace lorasb

@@ -42,11 +42,4 @@ auto dispatch(DType dtype, Function function) {
 template <typename I>
 __host__ __device__ constexpr I ceil_div(I a, I b) { return (a + b - 1) / b; }
 
-// The widest copy, in bytes, for rows of T that start at multiples of `stride` elements.
-template <typename T>
-int32_t copy_bytes(int64_t stride) {
-  const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
-  return bytes % 16 == 0 ? 16 : bytes % 4 == 0 ? 4 : static_cast<int32_t>(sizeof(T));
-}
-
 }  // namespace lorasb

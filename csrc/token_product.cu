@@ -1,31 +1,18 @@
-// Products contracted over tokens, G = (w ⊙ a)ᵀ b: weight gradients and the r×r gradient.
-//
-//     a [M, m], b [M, n], w [M] fp32 or none          G [m, n], fp32
+// G = (w ⊙ a)ᵀ b: a product contracted over tokens.
 //
 // A block holds a 128×128 tile of G in registers over all its tokens. 2·M·m·n flops; reads a
 // n/128 times and b m/128 times, from L2 for the most part.
 //
 // The row weight multiplies in fp32 and is never rounded to 16 bits: the product is split into
 // three bf16 numbers, which together hold all 24 bits, and multiplied part by part.
-#pragma once
+#include "token_product.h"
 
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/split.cuh"
 
 namespace lorasb {
-
-struct TokenProductParams {
-  Matrix a, b;
-  const float* weight;  // [M], or null in the unweighted kernel
-
-  // What becomes of G: its signs, a slice of partial sums, or an addition to `out`.
-  enum Output : int32_t { SIGNS, PARTIAL, ADD } output;
-  uint32_t* positive;   // SIGNS: [m, ceil(n/32)]
-  uint32_t* negative;
-  float* out;           // ADD: [m, n]; PARTIAL: [splits, m, n], tokens split over blockIdx.z
-  int64_t out_stride;
-};
+namespace {
 
 template <typename T_, bool WEIGHTED_>
 struct TokenProductTraits {
@@ -225,12 +212,35 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::MIN_BLOCKS)
 }
 
 template <class Traits>
-Launch token_product(const TokenProductParams& params, int splits, const char* name,
-                     cudaStream_t stream) {
+Launch launch_token_product(const TokenProductParams& params, int slices, const char* name,
+                            cudaStream_t stream) {
   const dim3 grid(ceil_div(params.b.columns, Traits::BLOCK),
-                  ceil_div(params.a.columns, Traits::BLOCK), splits);
+                  ceil_div(params.a.columns, Traits::BLOCK), slices);
   return launch(token_product_kernel<Traits>, name, grid, Traits::THREADS, Traits::SHARED_BYTES,
                 params, stream);
+}
+
+}  // namespace
+
+int token_slices(DType dtype, int64_t tokens, int64_t m, int64_t n) {
+  return dispatch(dtype, [&](auto type) {
+    using Traits = TokenProductTraits<typename decltype(type)::type, false>;
+    const int64_t tiles = ceil_div<int64_t>(m, Traits::BLOCK) * ceil_div<int64_t>(n, Traits::BLOCK);
+    const int64_t wanted = multiprocessors() / tiles;
+    const int64_t most = tokens / (4 * Traits::BLOCK_K);
+    const int64_t slices = wanted < most ? wanted : most;
+    return slices < 1 ? 1 : static_cast<int>(slices);
+  });
+}
+
+Launch token_product(DType dtype, const TokenProductParams& params, int slices, const char* name,
+                     cudaStream_t stream) {
+  return dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return params.weight
+               ? launch_token_product<TokenProductTraits<T, true>>(params, slices, name, stream)
+               : launch_token_product<TokenProductTraits<T, false>>(params, slices, name, stream);
+  });
 }
 
 }  // namespace lorasb
