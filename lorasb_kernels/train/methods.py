@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
+from lorasb_kernels.train.files import atomic_folder
 from lorasb_kernels.train.loss import sample_mean_loss
 
 ADAPTER_FOLDER = "adapter"
@@ -72,15 +73,19 @@ def prepare(
     )
     batches = None
     if config.method == "lora-sb":
-        batches = estimation_batches(config, samples, pad_token_id, _device_of(model))
+        batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
     loss_fn = sample_mean_loss if config.task == "causal-lm" else None
     adapt(model, adapter_config, batches, first_learning_rate, loss_fn, progress)
-    save_adapter(model, folder)
+    # Past the first barrier no rank takes the folder that is written now for an earlier run's.
+    distributed = torch.distributed.is_initialized()
+    if distributed:
+        torch.distributed.barrier()
+    if not distributed or torch.distributed.get_rank() == 0:
+        with atomic_folder(folder) as building:
+            save_adapter(model, building)
+    if distributed:
+        torch.distributed.barrier()
     return model
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def estimation_batches(
@@ -89,14 +94,19 @@ def estimation_batches(
     """The batches that estimate LoRA-SB's first update.
 
     `init_share` of the samples, but at least `init_minimum`, drawn with the run's seed and
-    sorted by length.
+    sorted by length. Data-parallel ranks deal the batches out among them, where there are
+    enough; the estimate sums over the ranks.
     """
     count = min(len(samples), max(config.init_minimum, round(config.init_share * len(samples))))
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
     drawn = sorted((samples[i] for i in chosen), key=lambda s: -len(s.input_ids))
     collated = DataLoader(drawn, config.batch_size, collate_fn=Collator(pad_token_id))
-    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in collated]
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in collated]
+    if torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return batches[rank::ranks] if len(batches) >= ranks else batches
+    return batches
 
 
 def _with_peft(model: nn.Module, config: TrainConfig) -> nn.Module:
