@@ -23,6 +23,7 @@ _HOME = {
     "import_peft": "lorasb_kernels.published",
     "load_adapter": "lorasb_kernels.checkpoint",
     "merge_and_unload": "lorasb_kernels.adaptation",
+    "merge_checkpoint": "lorasb_kernels.merging",
     "save_adapter": "lorasb_kernels.checkpoint",
 }
 

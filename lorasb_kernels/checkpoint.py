@@ -100,18 +100,8 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
             model, or whose names, shapes or dtypes do not fit; non-finite values.
     """
     directory = local_folder(directory, (CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE), revision)
-    record, config = read_record(directory)
-    rebuilt = config.init == "lora-xs"
-    trained, trained_metadata = read_tensors(directory / ADAPTER_FILE)
-    stated = {CONFIG_FILE: record["subspace"], ADAPTER_FILE: trained_metadata.get("subspace")}
-    if not rebuilt:
-        subspace, subspace_metadata = read_tensors(directory / SUBSPACE_FILE)
-        stated[SUBSPACE_FILE] = subspace_metadata.get("subspace")
-    if len(set(stated.values())) != 1:
-        raise ValueError(
-            f"the files in {directory} do not belong together; their subspace fingerprints "
-            f"are {stated}"
-        )
+    record, config, trained, subspace = read_adapter(directory)
+    rebuilt = subspace is None
     existing = adapted_layers(model)
     if existing:
         if model.lorasb_config != config:
@@ -130,13 +120,12 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
     if rebuilt:
         if not existing:
             rebuild(layers, config)
-        check_rebuilt(layers, trained, record.get("base_model"))
+        check_rebuilt(subspace_probes(layers), trained, record.get("base_model"))
         subspace = _subspace(layers)
     else:
         check_tensors(directory / SUBSPACE_FILE, subspace, _subspace(layers))
-        if fingerprint_of(subspace) != record["subspace"]:
-            raise ValueError(f"{directory / SUBSPACE_FILE} is damaged: its fingerprint is another")
-        _check_base(subspace, layers, record.get("base_model"))
+        for name, layer in layers.items():
+            check_base(name, layer.weight, subspace, record.get("base_model"))
     for name, layer in layers.items():
         layer.set_adapter(
             subspace[f"{name}.lora_A"], trained[f"{name}.lora_R"], subspace[f"{name}.lora_B"]
@@ -147,6 +136,36 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
     if not existing:
         install(model, layers, saved, config)
     return model
+
+
+def read_adapter(
+    directory: Path,
+) -> tuple[dict, LoRASBConfig, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """Reads what `save_adapter` wrote, and checks that it belongs together.
+
+    Returns:
+        The record, the configuration in it, the tensors that training changes, and the
+        subspace (None for LoRA-XS, whose A and B are rebuilt).
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that are damaged or do not belong together.
+    """
+    record, config = _read_record(directory)
+    trained, metadata = read_tensors(directory / ADAPTER_FILE)
+    stated = {CONFIG_FILE: record["subspace"], ADAPTER_FILE: metadata.get("subspace")}
+    subspace = None
+    if config.init != "lora-xs":
+        subspace, metadata = read_tensors(directory / SUBSPACE_FILE)
+        stated[SUBSPACE_FILE] = metadata.get("subspace")
+    if len(set(stated.values())) != 1:
+        raise ValueError(
+            f"the files in {directory} do not belong together; their subspace fingerprints "
+            f"are {stated}"
+        )
+    if subspace is not None and fingerprint_of(subspace) != record["subspace"]:
+        raise ValueError(f"{directory / SUBSPACE_FILE} is damaged: its fingerprint is another")
+    return record, config, trained, subspace
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -231,7 +250,7 @@ def saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
 def _stored_fingerprint(directory: Path) -> str | None:
     """The fingerprint of the subspace in `directory`; None unless its files are whole."""
     try:
-        record, config = read_record(directory)
+        record, config = _read_record(directory)
         if config.init == "lora-xs":
             return record["subspace"]
         with safe_open(directory / SUBSPACE_FILE, framework="pt") as file:
@@ -241,7 +260,7 @@ def _stored_fingerprint(directory: Path) -> str | None:
     return record["subspace"] if metadata.get("subspace") == record["subspace"] else None
 
 
-def read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
+def _read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
     """The record of a saved adapter, and the configuration in it.
 
     Raises:
@@ -287,25 +306,26 @@ def check_tensors(
             raise ValueError(f"{path}: {name} holds non-finite values")
 
 
-def _check_base(
-    subspace: dict[str, torch.Tensor], layers: dict[str, LoRASBLinear], base_model: str | None
+def check_base(
+    name: str, weight: torch.Tensor, subspace: dict[str, torch.Tensor], base_model: str | None
 ) -> None:
-    for name, layer in layers.items():
-        probe = subspace[f"{name}.weight_probe"].float()
-        own = _probe(layer.weight).float().cpu()
-        if ((probe - own).abs() > _PROBE_TOLERANCE * own.abs() + 1e-6).any():
-            raise ValueError(
-                f"the weight of {name} is not the one this adapter was made for; "
-                f"expected the base model {base_model!r}"
-            )
+    """Raises ValueError if `weight` is not the one of layer `name` that the adapter knew."""
+    probe = subspace[f"{name}.weight_probe"].float()
+    own = _probe(weight).float().cpu()
+    if ((probe - own).abs() > _PROBE_TOLERANCE * own.abs() + 1e-6).any():
+        raise ValueError(
+            f"the weight of {name} is not the one this adapter was made for; "
+            f"expected the base model {base_model!r}"
+        )
 
 
 __all__ = [
+    "check_base",
     "check_tensors",
     "fingerprint_of",
     "layers_of",
     "load_adapter",
-    "read_record",
+    "read_adapter",
     "read_tensors",
     "save_adapter",
     "saved_tensors",

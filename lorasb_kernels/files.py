@@ -1,6 +1,7 @@
 """Files appear whole or not at all: written beside their place, then renamed into it."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `path` when the block ends without an error.
+
+    A process killed inside the block leaves `path` as it was. An existing `path` is
+    replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    building.mkdir()
+    try:
+        yield building
+        if path.exists():
+            shutil.rmtree(path)
+        building.rename(path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -53,4 +74,4 @@ def write_tensors(
         save_file(tensors, temporary, metadata=metadata)
 
 
-__all__ = ["replacing", "write_tensors", "write_text"]
+__all__ = ["atomic_folder", "replacing", "write_tensors", "write_text"]

@@ -27,12 +27,16 @@ def _project(factor: torch.Tensor) -> torch.Tensor:
     return (factor.detach().cpu().double() @ directions).float()
 
 
+def factor_probes(name: str, lora_A: torch.Tensor, lora_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What identifies A and B of one layer: `<name>.lora_A_probe` and `<name>.lora_B_probe`."""
+    return {f"{name}.lora_A_probe": _project(lora_A), f"{name}.lora_B_probe": _project(lora_B.T)}
+
+
 def subspace_probes(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
-    """What identifies A and B of each layer: `<layer>.lora_A_probe`, `<layer>.lora_B_probe`."""
+    """`factor_probes` of every layer."""
     probes = {}
     for name, layer in layers.items():
-        probes[f"{name}.lora_A_probe"] = _project(layer.lora_A)
-        probes[f"{name}.lora_B_probe"] = _project(layer.lora_B.T)
+        probes |= factor_probes(name, layer.lora_A, layer.lora_B)
     return probes
 
 
@@ -53,10 +57,10 @@ def rebuild(layers: dict[str, LoRASBLinear], config: LoRASBConfig) -> None:
 
 
 def check_rebuilt(
-    layers: dict[str, LoRASBLinear], stored: dict[str, torch.Tensor], base_model: str | None
+    probes: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], base_model: str | None
 ) -> None:
-    """Raises ValueError if A or B of a layer is not the one whose probes were stored."""
-    for name, own in subspace_probes(layers).items():
+    """Raises ValueError if a rebuilt A or B is not the one whose probes were stored."""
+    for name, own in probes.items():
         scale = own.abs() + own.square().mean().sqrt()
         if ((stored[name].float() - own).abs() > _TOLERANCE * scale).any():
             raise ValueError(
@@ -66,4 +70,4 @@ def check_rebuilt(
             )
 
 
-__all__ = ["check_rebuilt", "rebuild", "rebuild_factors", "subspace_probes"]
+__all__ = ["check_rebuilt", "factor_probes", "rebuild", "rebuild_factors", "subspace_probes"]

@@ -78,6 +78,24 @@ def test_gradients_are_views_of_one_buffer():
     assert not any(core.grad.any() for core in cores(packed_model))
 
 
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_a_core_without_gradient_counts_as_zero(clear):
+    packed_model = model()
+    packed = PackedCores(packed_model)
+    packed_model(**batches("llama")[0]).loss.backward()
+    assert cores(packed_model)[-1].grad.any()
+    if clear == "optimizer":
+        packed.parameter.grad = None
+    else:
+        packed_model.zero_grad()
+    hidden = packed_model(**batches("llama")[0], output_hidden_states=True).hidden_states
+    hidden[1].square().sum().backward()  # the first of two blocks
+    gradient = packed.parameter.grad
+    half = len(gradient) // 2
+    assert gradient[:half].any()
+    assert not gradient[half:].any()
+
+
 @pytest.mark.parametrize("direction", ["to separate", "to packed"])
 def test_state_moves_between_packed_and_separate(direction):
     head = torch.nn.Parameter(torch.ones(3))

@@ -9,9 +9,12 @@ from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 
 
+TARGETS = ("q_proj", "up_proj")
+
+
 @pytest.fixture
 def saved(tmp_path):
-    config = LoRASBConfig(r=4, init="lora-xs", lora_alpha=8, core_std=0.3)
+    config = LoRASBConfig(4, TARGETS, init="lora-xs", lora_alpha=8, core_std=0.3)
     model = adapt(build("llama"), config, progress=False)
     save_adapter(model, tmp_path / "adapter")
     return model, tmp_path / "adapter"
@@ -42,7 +45,7 @@ def test_only_the_cores_change_on_saving_again(saved):
 
 
 def test_a_low_precision_base_rebuilds_the_same(tmp_path):
-    config = LoRASBConfig(r=4, init="lora-xs", core_std=0.3)
+    config = LoRASBConfig(4, TARGETS, init="lora-xs", core_std=0.3)
     model = adapt(build("llama").bfloat16(), config, progress=False)
     save_adapter(model, tmp_path)
     loaded = load_adapter(build("llama").bfloat16(), tmp_path)

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lorasb_kernels import merge_and_unload
+from lorasb_kernels.files import atomic_folder
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.demo import assets, headlines
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import InputError
 from lorasb_kernels.train.evaluation import generate
-from lorasb_kernels.train.files import atomic_folder
 from lorasb_kernels.train.plots import plot_losses
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Clock, Result, finetune

@@ -1,0 +1,178 @@
+"""Merging an adapter into a model on disk, shard by shard.
+
+    W' = round(W + s·B·R·A)     product and sum in fp32, one rounding to the dtype of W
+
+No model is built: each safetensors file of the base is read, its adapted weights changed, and
+written under the same name, so the memory needed is that of the largest file.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from lorasb_kernels.checkpoint import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    SUBSPACE_FILE,
+    check_base,
+    read_adapter,
+)
+from lorasb_kernels.files import atomic_folder, write_tensors
+from lorasb_kernels.hub import local_folder
+from lorasb_kernels.progress import progress_bar
+from lorasb_kernels.rebuilding import check_rebuilt, factor_probes, rebuild_factors
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+# Configuration, tokenizer, chat template and custom code; no weights in other formats.
+COPIED = (".json", ".txt", ".model", ".jinja", ".py")
+
+
+def merge_checkpoint(
+    model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    progress: bool = True,
+) -> None:
+    """Writes the base model with the adapter merged in, as a plain Hugging Face model.
+
+    Args:
+        model: folder or hub id of the base model, in safetensors files.
+        adapter: folder or hub id of what `save_adapter` wrote.
+        output: new folder; appears whole or not at all.
+        progress: show a progress bar.
+
+    Raises:
+        FileExistsError: `output` exists.
+        FileNotFoundError: a folder or file is missing, or the base has no safetensors files.
+        ValueError: a damaged adapter, another base model, a merged weight that is not finite,
+            or trained modules that the base model does not hold (a new classification head):
+            merge those in memory with `merge_and_unload` and `save_pretrained`.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"output is {str(output)!r}, which exists; expected a new folder")
+    adapter = local_folder(adapter, (CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE))
+    merger = _Merger(adapter)
+    source = local_folder(model, (*(f"*{suffix}" for suffix in COPIED), "*.safetensors"))
+    shards = _shards(source)
+    merger.locate([key for keys in shards.values() for key in keys])
+    bar = progress_bar(sum(map(len, shards.values())), "merging", "tensor", progress)
+    with atomic_folder(output) as building:
+        for file, keys in shards.items():
+            with safe_open(source / file, framework="pt") as shard:
+                metadata = shard.metadata()
+                tensors = {}
+                for key in keys:
+                    tensors[key] = merger.merged(key, shard.get_tensor(key))
+                    bar.update()
+            write_tensors(building / file, tensors, metadata)
+        for path in source.iterdir():
+            if path.suffix in COPIED and path.is_file():
+                shutil.copyfile(path, building / path.name)
+    bar.close()
+
+
+class _Merger:
+    """What the adapter in a folder makes of the base model's tensors."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        record, self.config, self.trained, self.subspace = read_adapter(directory)
+        self.base_model = record.get("base_model")
+        self.layers: dict[str, str] = {}  # key in the base model -> layer
+        self.replaced: dict[str, torch.Tensor] = {}  # key in the base model -> trained tensor
+
+    def locate(self, keys: list[str]) -> None:
+        """Finds the tensor of the base model behind each tensor of the adapter."""
+        for name, tensor in self.trained.items():
+            layer, _, part = name.rpartition(".")
+            if part == "lora_R":
+                self.layers[_key_of(f"{layer}.weight", keys)] = layer
+            elif part not in ("lora_A_probe", "lora_B_probe"):
+                self.replaced[_key_of(name, keys)] = tensor
+        expected = sum(name.endswith(".lora_R") for name in self.trained)
+        if not expected or len(self.layers) != expected:
+            raise ValueError(
+                f"{self.directory} has {expected} adapted layers, which are {len(self.layers)} "
+                "weights of the base model; expected one weight each"
+            )
+
+    def merged(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that takes the place of `tensor`, in its dtype."""
+        if key in self.replaced:
+            trained = self.replaced[key]
+            if trained.shape != tensor.shape:
+                raise ValueError(
+                    f"{key} has shape {tuple(trained.shape)} in the adapter; "
+                    f"expected {tuple(tensor.shape)}, as in the base model"
+                )
+            return trained.to(tensor.dtype)
+        if key not in self.layers:
+            return tensor
+        name = self.layers[key]
+        core, (lora_A, lora_B) = self.trained[f"{name}.lora_R"], self._factors(name, tensor)
+        if tensor.shape != (lora_B.shape[0], lora_A.shape[1]):
+            raise ValueError(
+                f"{key} has shape {tuple(tensor.shape)}; expected "
+                f"{(lora_B.shape[0], lora_A.shape[1])}, as in the adapter"
+            )
+        exact = core.dtype
+        delta = self.config.s * (lora_B.to(exact) @ core) @ lora_A.to(exact)
+        result = (tensor.to(exact) + delta).to(tensor.dtype)
+        if not result.isfinite().all():
+            raise ValueError(f"{key} would not be finite; nothing was written")
+        return result
+
+    def _factors(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.subspace is not None:
+            check_base(name, weight, self.subspace, self.base_model)
+            return self.subspace[f"{name}.lora_A"], self.subspace[f"{name}.lora_B"]
+        # As a layer holds them: rounded to the dtype of the weight.
+        lora_A, lora_B = (f.to(weight.dtype) for f in rebuild_factors(name, weight, self.config))
+        check_rebuilt(factor_probes(name, lora_A, lora_B), self.trained, self.base_model)
+        return lora_A, lora_B
+
+
+def _shards(source: Path) -> dict[str, list[str]]:
+    """The tensors in each safetensors file of a model."""
+    index = source / INDEX_FILE
+    if index.is_file():
+        shards: dict[str, list[str]] = {}
+        for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            shards.setdefault(file, []).append(key)
+        return shards
+    if not (source / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(
+            f"{source} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; expected a model in "
+            "safetensors files (pickled .bin files are not read)"
+        )
+    with safe_open(source / WEIGHTS_FILE, framework="pt") as file:
+        return {WEIGHTS_FILE: list(file.keys())}
+
+
+def _key_of(name: str, keys: list[str]) -> str:
+    """The key of the tensor that a loaded model calls `name`.
+
+    A checkpoint of a bare model lacks the prefix that a model with a head adds, and the other
+    way round.
+    """
+    known = set(keys)
+    parts = name.split(".")
+    for start in range(len(parts) - 1):
+        if (shorter := ".".join(parts[start:])) in known:
+            return shorter
+    longer = [key for key in keys if key.endswith(f".{name}")]
+    if len(longer) == 1:
+        return longer[0]
+    raise ValueError(
+        f"the base model holds no tensor for {name}; expected one. Where the model is saved "
+        "under other names than it has in memory, or the head is new, use load_adapter, "
+        "merge_and_unload and save_pretrained"
+    )
+
+
+__all__ = ["merge_checkpoint"]
