@@ -10,12 +10,15 @@ mapped, so that every access out of bounds is seen.
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,8 +84,32 @@ def simulated_library() -> Path:
     return library
 
 
+def kernel_texts() -> dict[str, str]:
+    """The PTX of each kernel, as a module of its own: one is parsed faster than its whole file."""
+    texts = {}
+    for path in sorted(BUILD.glob("*.ptx")):
+        text = path.read_text()
+        head, *entries = re.split(r"^(?=(?:\.\w+ )?\.entry )", text, flags=re.MULTILINE)
+        shared = "\n".join(re.findall(r"^(?:\.extern|\.file).*", text, re.MULTILINE))
+        header = re.sub(r"^(?:\.extern|\.file).*", "", head, flags=re.MULTILINE)
+        for entry in entries:
+            name = re.search(r"\.entry (\w+)", entry)[1]
+            texts[name] = f"{header}\n{shared}\n{entry[: entry.index(chr(10) + '}') + 2]}\n"
+    return texts
+
+
+class Launch(NamedTuple):
+    """One kernel launch: what the launcher asked for, and ptxcheck's counters."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    threads: int
+    shared_bytes: int
+    stats: object
+
+
 class Simulator:
-    """The loaded extension. `options` are passed to ptxcheck's `launch`."""
+    """The loaded extension."""
 
     def __init__(self):
         import ptxcheck
@@ -90,9 +117,8 @@ class Simulator:
         library = simulated_library()
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
-        self._load = ptxcheck.load
-        self._modules = {}
-        self._ptx = {path: path.read_text() for path in sorted(BUILD.glob("*.ptx"))}
+        self._load = functools.cache(ptxcheck.load)
+        self._texts = kernel_texts()
         self._spans: list[tuple[int, int]] = []
         self._failure: Exception | None = None
         self._record = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int64)(self._on_tensor)
@@ -104,17 +130,27 @@ class Simulator:
             ctypes.c_size_t,
         )(self._on_launch)
         self._library.simulator_connect(self._record, self._run)
-        self.options: dict = {}
-        self.launches: list[tuple[str, tuple[int, ...], object]] = []
+        self._options: dict = {}
+        self._launches: list[Launch] = []
+        self._refuse = False
 
     @contextlib.contextmanager
-    def running(self, multiprocessors: int = 2, **options) -> Iterator[list]:
-        """Operators called inside run under these options; yields (kernel, grid, stats)s."""
+    def running(
+        self, multiprocessors: int = 2, refuse: bool = False, **options
+    ) -> Iterator[list[Launch]]:
+        """Runs operators called inside; yields the list of their launches.
+
+        Args:
+            multiprocessors: what the device claims to have; decides how work is split.
+            refuse: fail every launch, as a device out of resources does.
+            options: of ptxcheck's `launch`; race and initialization checks are on.
+        """
         self._library.simulator_set_multiprocessors(multiprocessors)
-        self.options = {"check_races": True, "check_uninit": True, **options}
-        self._spans, self._failure, self.launches = [], None, []
+        self._options = {"check_races": True, "check_uninit": True, **options}
+        self._spans, self._failure, self._launches = [], None, []
+        self._refuse = refuse
         try:
-            yield self.launches
+            yield self._launches
         except RuntimeError:
             if self._failure is not None:
                 raise self._failure from None
@@ -124,27 +160,19 @@ class Simulator:
         if data:
             self._spans.append((data, data + size))
 
-    def _module(self, kernel: str):
-        path = next(path for path, text in self._ptx.items() if f".entry {kernel}(" in text)
-        if path not in self._modules:
-            self._modules[path] = self._load(self._ptx[path])
-        return self._modules[path]
-
     def _on_launch(self, name: bytes, shape, params: int, shared_bytes: int) -> int:
         try:
-            kernel = name.decode()
-            module = self._module(kernel)
+            if self._refuse:
+                return 1
+            kernel, grid, block = name.decode(), tuple(shape[:3]), tuple(shape[3:6])
+            module = self._load(self._texts[kernel])
             self._map(module.memory)
             ((_, _, size),) = module.kernels[kernel]
+            arguments = [ctypes.string_at(params, size)]
             stats = module.launch(
-                kernel,
-                tuple(shape[:3]),
-                tuple(shape[3:6]),
-                [ctypes.string_at(params, size)],
-                dynamic_smem=shared_bytes,
-                **self.options,
+                kernel, grid, block, arguments, dynamic_smem=shared_bytes, **self._options
             )
-            self.launches.append((kernel, tuple(shape[:3]), stats))
+            self._launches.append(Launch(kernel, grid, block[0], shared_bytes, stats))
             return 0
         except Exception as failure:
             self._failure = failure
@@ -167,4 +195,13 @@ class Simulator:
         memory.starts = [buffer.addr for buffer in memory.buffers]
 
 
-__all__ = ["BUILD", "Simulator", "build", "objects", "ptxcheck_obstacle", "torch_include"]
+__all__ = [
+    "BUILD",
+    "Launch",
+    "Simulator",
+    "build",
+    "objects",
+    "ptxcheck_obstacle",
+    "simulated_library",
+    "torch_include",
+]
