@@ -59,6 +59,7 @@ class TrainConfig:
     batching: str = "length-grouped"
     init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
     init_minimum: int = 32  # samples, when the share is fewer
+    init_learning_rate: float | None = None  # η of LoRA-SB; None: that of the first step
     dtype: str = "float32"  # of the frozen weights; what is trained stays float32
     gradient_checkpointing: bool = False
     backend: str = "auto"
@@ -88,7 +89,8 @@ class TrainConfig:
             raise ConfigError("batching is 'packed'; classification needs 'length-grouped'")
         positive = ("r", "learning_rate", "batch_size", "accumulation", "epochs", "max_length")
         positive += ("init_minimum", "eval_batch_size", "max_new_tokens", "save_steps")
-        for name in (*positive, "keep_checkpoints", "max_steps", "lora_alpha"):
+        positive += ("keep_checkpoints", "max_steps", "lora_alpha", "init_learning_rate")
+        for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; expected a positive number")

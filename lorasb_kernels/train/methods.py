@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lorasb_kernels.files import atomic_folder
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
-from lorasb_kernels.train.files import atomic_folder
 from lorasb_kernels.train.loss import sample_mean_loss
 
 ADAPTER_FOLDER = "adapter"
@@ -31,7 +31,7 @@ def prepare(
     config: TrainConfig,
     samples: Sequence[Encoded],
     pad_token_id: int,
-    first_learning_rate: float,
+    eta: float,
     progress: bool = True,
 ) -> nn.Module:
     """Makes `model` trainable by `config.method`; LoRA-SB and LoRA-XS start from a saved
@@ -42,7 +42,7 @@ def prepare(
         config: the run.
         samples: the training samples; a share of them estimates LoRA-SB's first update.
         pad_token_id: of the tokenizer.
-        first_learning_rate: η of LoRA-SB.
+        eta: η of LoRA-SB.
         progress: show progress bars.
 
     Returns:
@@ -75,7 +75,7 @@ def prepare(
     if config.method == "lora-sb":
         batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
     loss_fn = sample_mean_loss if config.task == "causal-lm" else None
-    adapt(model, adapter_config, batches, first_learning_rate, loss_fn, progress)
+    adapt(model, adapter_config, batches, eta, loss_fn, progress)
     # Past the first barrier no rank takes the folder that is written now for an earlier run's.
     distributed = torch.distributed.is_initialized()
     if distributed:

@@ -12,6 +12,8 @@ import lorasb_kernels
 from lorasb_kernels.train.cli import COMMANDS, main
 from tests.train.conftest import sums
 
+NOWHERE = ("--model", "/nowhere", "--adapter", "/nowhere")
+
 
 def flags(model, data, output_dir, *more) -> list[str]:
     return [
@@ -51,8 +53,8 @@ def test_version(capsys):
         (["train", "--model", "m", "--data", "d", "--output-dir", "o", "--r", "0"], "r is 0"),
         (["train", "--model", "m", "--data", "d.txt", "--output-dir", "o"], "data is 'd.txt'"),
         (["describe", "/nowhere"], "nowhere"),
-        (["merge", "/nowhere", "/nowhere", "."], "output is '.', which exists"),
-        (["merge", "/nowhere", "/nowhere", "new"], "nowhere"),
+        (["merge", *NOWHERE, "--out", "."], "--out is '.', which exists"),
+        (["merge", *NOWHERE, "--out", "new"], "nowhere"),
     ],
 )
 def test_input_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -92,7 +94,8 @@ def test_train_from_a_file_then_merge(llama, sums_file, tmp_path, capsys):
     adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
     assert main(["describe", str(llama), "--adapter", str(adapter)]) == 0
     assert "14 layers" in capsys.readouterr().out
-    assert main(["merge", str(llama), str(adapter), str(merged), "--safe-merge"]) == 0
+    paths = ["--model", str(llama), "--adapter", str(adapter), "--out", str(merged)]
+    assert main(["merge", *paths]) == 0
     adapted = lorasb_kernels.load_adapter(AutoModelForCausalLM.from_pretrained(llama), adapter)
     plain = AutoModelForCausalLM.from_pretrained(merged)
     assert not any("lora" in name for name in plain.state_dict())

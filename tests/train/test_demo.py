@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 
+from lorasb_kernels.files import atomic_folder
 from lorasb_kernels.train.demo import assets, compare, headlines, sarcasm
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import AssetError, InputError
-from lorasb_kernels.train.files import atomic_folder
 
 
 def rows(pairs):

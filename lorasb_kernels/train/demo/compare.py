@@ -73,7 +73,7 @@ def compare_config(
         max_length=64,
         init_minimum=64,
         eval_batch_size=100,
-        save_steps=1000,
+        save_steps=64,
         keep_checkpoints=1,
         seed=seed,
     )
