@@ -8,7 +8,6 @@ from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 
-
 TARGETS = ("q_proj", "up_proj")
 
 

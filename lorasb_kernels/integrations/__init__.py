@@ -1,0 +1,1 @@
+"""Plug-ins for other libraries; each module needs the library it is named after."""

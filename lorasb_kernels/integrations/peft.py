@@ -1,0 +1,284 @@
+"""LoRA-SB as a method of peft: `get_peft_model(model, LoraSBPeftConfig(...))`.
+
+Importing this module makes peft know the method; import it before `PeftModel.from_pretrained`,
+too. Saving, loading, named adapters, `disable_adapter()` and `merge_and_unload()` are peft's
+own; the layers run this library's fused operation, several active adapters as one of the
+summed rank.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import PeftType, register_peft_method
+from torch import nn
+
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.functional import lorasb_linear
+from lorasb_kernels.init.methods import initialize, layer_generator, lora_xs, orthogonal
+
+METHOD = "lorasb"
+OWN_FIELDS = (
+    *("r", "init", "scaling", "lora_alpha", "dropout", "backend"),
+    *("sigma_side", "core_std", "seed"),
+)
+
+
+@dataclass
+class LoraSBPeftConfig(PeftConfig):
+    """Configuration of a LoRA-SB or LoRA-XS adapter in peft.
+
+    Fields are those of `LoRASBConfig` and mean the same; `target_modules` and the fields on
+    layers are peft's. With `init="lora-sb"` the adapter starts as `"orthogonal"` and waits for
+    `initialize_from_gradients`, as peft has no place for the batches.
+    """
+
+    r: int = 16
+    target_modules: list[str] | str | None = None
+    init: str = "lora-sb"
+    scaling: float = 1.0
+    lora_alpha: float | None = None
+    dropout: float = 0.0
+    backend: str = "auto"
+    sigma_side: str = "B"
+    core_std: float = 1e-5
+    seed: int = 0
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.LORASB
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.init == "noise":
+            raise ValueError("init is 'noise'; expected 'lora-sb', 'lora-xs' or 'orthogonal'")
+        self.own_config()  # raises on a field out of range
+
+    def own_config(self) -> LoRASBConfig:
+        """The same settings as a `LoRASBConfig`, validated."""
+        return LoRASBConfig(**{name: getattr(self, name) for name in OWN_FIELDS})
+
+
+class LoraSBLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with named adapters `s·B·R·A`; R is trained.
+
+    `lorasb_R` holds an fp32 [r, r] parameter an adapter, `lorasb_A` [r, n] and `lorasb_B`
+    [m, r] buffers in the dtype of the weight.
+    """
+
+    adapter_layer_names = ("lorasb_R",)
+    other_param_names = ("lorasb_A", "lorasb_B", "lorasb_config")
+
+    def __init__(self, base_layer: nn.Linear, name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.name = name
+        self.lorasb_R = nn.ParameterDict()
+        self.lorasb_A = BufferDict(persistent=True)
+        self.lorasb_B = BufferDict(persistent=True)
+        self.lorasb_config: dict[str, LoRASBConfig] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    @torch.no_grad()
+    def add_adapter(self, adapter_name: str, config: LoRASBConfig) -> None:
+        """Adds an adapter with its initial factors; nothing is drawn for meta weights."""
+        weight = self.base_layer.weight
+        limit = min(weight.shape)
+        if config.r > limit:
+            raise ValueError(f"r is {config.r}; expected r <= {limit} for {self.name}")
+        if weight.is_meta:
+            m, n = weight.shape
+            lora_A, lora_B, lora_R = (
+                torch.empty(shape, device="meta")
+                for shape in ((config.r, n), (m, config.r), (config.r, config.r))
+            )
+        else:
+            generator = layer_generator(config.seed, self.name)
+            if config.init == "lora-xs":
+                adapter = lora_xs(weight, config.r, config.core_std, config.sigma_side, generator)
+            else:
+                adapter = orthogonal(weight, config.r, generator)
+            lora_A, lora_B, lora_R = adapter.lora_A, adapter.lora_B, adapter.lora_R
+        self.lorasb_config[adapter_name] = config
+        self.lorasb_R[adapter_name] = nn.Parameter(
+            lora_R.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        )
+        self.lorasb_A[adapter_name] = lora_A.to(weight.device, weight.dtype).contiguous()
+        self.lorasb_B[adapter_name] = lora_B.to(weight.device, weight.dtype).contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [..., n] to [..., m]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.lorasb_R]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x)
+        lora_A, lora_R, lora_B, scaling = self._combined(active)
+        config = self.lorasb_config[active[0]]
+        return lorasb_linear(
+            x,
+            self.base_layer.weight,
+            lora_A,
+            lora_R,
+            lora_B,
+            self.base_layer.bias,
+            scaling,
+            config.dropout,
+            self.training,
+            config.backend,
+        )
+
+    def _combined(self, names: list[str]):
+        """A, R, B and s of the sum of adapters: `[B₁ B₂] · diag(s₁R₁, s₂R₂) · [A₁; A₂]`."""
+        configs = [self.lorasb_config[name] for name in names]
+        if len(names) == 1:
+            name = names[0]
+            return self.lorasb_A[name], self.lorasb_R[name], self.lorasb_B[name], configs[0].s
+        if len({config.dropout for config in configs}) > 1:
+            raise ValueError(
+                f"the active adapters {names} have dropout {[c.dropout for c in configs]}; "
+                "expected one value, as they share their input"
+            )
+        lora_A = torch.cat([self.lorasb_A[name] for name in names])
+        lora_B = torch.cat([self.lorasb_B[name] for name in names], dim=1)
+        cores = [c.s * self.lorasb_R[name] for name, c in zip(names, configs, strict=True)]
+        return lora_A, torch.block_diag(*cores), lora_B, 1.0
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`s·B·R·A` of an adapter, [m, n], in the dtype of R (fp32)."""
+        core = self.lorasb_R[adapter]
+        lora_A, lora_B = self.lorasb_A[adapter], self.lorasb_B[adapter]
+        scaling = self.lorasb_config[adapter].s
+        return scaling * (lora_B.to(core.dtype) @ core) @ lora_A.to(core.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the weight, in fp32 with one rounding."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lorasb_R]
+        self._shift_weight(names, 1.0, safe_merge)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Takes the merged adapters out of the weight, up to a rounding."""
+        self._shift_weight(self.merged_adapters, -1.0, False)
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _shift_weight(self, names: list[str], sign: float, check: bool) -> None:
+        if not names:
+            return
+        weight = self.base_layer.weight
+        delta = sum(self.get_delta_weight(name) for name in names)
+        shifted = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
+        if check and not shifted.isfinite().all():
+            raise ValueError(f"merging {names} into {self.name} would not give finite weights")
+        weight.copy_(shifted)
+
+    def _apply(self, fn, recurse=True):
+        """Moves R between devices but never out of fp32."""
+        kept = {id(core) for core in self.lorasb_R.values()}
+        kept |= {id(core.grad) for core in self.lorasb_R.values() if core.grad is not None}
+
+        def keep_core_dtype(tensor):
+            result = fn(tensor)
+            if id(tensor) in kept and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_core_dtype, recurse)
+
+
+class LoraSBModel(BaseTuner):
+    """Puts `LoraSBLayer`s into a model, as peft asks for it."""
+
+    prefix = f"{METHOD}_"
+    tuner_layer_cls = LoraSBLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **_
+    ):
+        if isinstance(target, LoraSBLayer):
+            layer = target
+        elif type(target) is nn.Linear:
+            layer = LoraSBLayer(target, current_key)
+        else:
+            raise TypeError(
+                f"{current_key} is a {type(target).__name__}; expected a plain nn.Linear"
+            )
+        layer.add_adapter(adapter_name, peft_config.own_config())
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
+        """R is fp32 from the start, and A and B go with the weight: nothing to cast."""
+
+
+def initialize_from_gradients(
+    model: nn.Module,
+    batches: Iterable,
+    learning_rate: float,
+    adapter_name: str = "default",
+    loss_fn: Callable | None = None,
+    progress: bool = True,
+) -> None:
+    """LoRA-SB's initialization of an adapter: the truncated SVD of `−η·sign(Σ ∂L/∂W)`.
+
+    Args:
+        model: a `PeftModel` with a LoRA-SB adapter; other adapters are disabled meanwhile.
+        batches, learning_rate, loss_fn, progress: as in `lorasb_kernels.adapt`.
+        adapter_name: the adapter to initialize.
+
+    Raises:
+        ValueError: the model has no such adapter, and what `estimate_updates` raises.
+    """
+    layers = {
+        f"{name}.base_layer": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraSBLayer) and adapter_name in module.lorasb_R
+    }
+    if not layers:
+        raise ValueError(f"the model has no LoRA-SB adapter {adapter_name!r}")
+    targets = {name: layer.base_layer for name, layer in layers.items()}
+    config = next(iter(layers.values())).lorasb_config[adapter_name]
+    config = dataclasses.replace(config, init="lora-sb")
+    with model.disable_adapter():
+        adapters = dict(
+            initialize(model, targets, config, batches, learning_rate, loss_fn, progress)
+        )
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            layers[name].lorasb_A[adapter_name].copy_(adapter.lora_A)
+            layers[name].lorasb_R[adapter_name].copy_(adapter.lora_R)
+            layers[name].lorasb_B[adapter_name].copy_(adapter.lora_B)
+
+
+def _register() -> None:
+    """Adds the method to peft, whose enumeration of methods is closed."""
+    if METHOD.upper() not in PeftType.__members__:
+        member = str.__new__(PeftType, METHOD.upper())
+        member._name_ = member._value_ = METHOD.upper()
+        PeftType._member_names_.append(METHOD.upper())
+        PeftType._member_map_[METHOD.upper()] = member
+        PeftType._value2member_map_[METHOD.upper()] = member
+        type.__setattr__(PeftType, METHOD.upper(), member)
+    if PeftType.LORASB not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=METHOD, config_cls=LoraSBPeftConfig, model_cls=LoraSBModel)
+
+
+_register()
+
+__all__ = ["LoraSBLayer", "LoraSBModel", "LoraSBPeftConfig", "initialize_from_gradients"]
