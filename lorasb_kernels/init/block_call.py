@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from lorasb_kernels.init.boundary_store import BoundaryStore, ChangedInPlace
@@ -59,11 +59,9 @@ class BlockCall:
     def first_run(self, args: tuple, kwargs: dict) -> Any:
         """The block's outputs, those with gradients cut off from what led to them.
 
-        The block's graph says which outputs have gradients; what it would save for its
-        backward is dropped at once.
+        The block's graph says which outputs have gradients, and ends with this call.
         """
-        with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
-            outputs, structure = pytree.tree_flatten(self._forward(*args, **kwargs))
+        outputs, structure = pytree.tree_flatten(self._forward(*args, **kwargs))
         self._refuse_objects("returns", outputs)
         for index, output in enumerate(outputs):
             if isinstance(output, torch.Tensor) and output.requires_grad:

@@ -140,12 +140,12 @@ def test_no_parameter_gets_a_gradient():
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_dropout_is_off_and_training_mode_kept():
-    model = Stack()
+def test_dropout_and_batch_statistics_are_off_and_training_mode_kept():
+    model, plain = Stack(), Stack().eval()
     names = linear_names(model)
-    first = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
-    second = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
-    assert first == second
+    found = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
+    wanted = dict(estimate_updates(plain, stack_batches(), names, loss_fn=stack_loss))
+    assert found == wanted
     assert model.blocks[0].dropout.training
 
 
