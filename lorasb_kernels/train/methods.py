@@ -49,15 +49,28 @@ def prepare(
         the model to train; frozen weights in `config.dtype`, trained ones in fp32.
     """
     if config.method == "full":
-        return model.float().requires_grad_(True)
-    if config.method not in ADAPTER_METHODS:
-        return _with_peft(model, config)
+        model.requires_grad_(True)
+    elif config.method in ADAPTER_METHODS:
+        _with_core(model, config, samples, pad_token_id, eta, progress)
+    else:
+        model = _with_peft(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        # Renamed in the course of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    return model
 
+
+def _with_core(model, config, samples, pad_token_id, eta, progress) -> None:
     from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
 
     folder = Path(config.output_dir) / ADAPTER_FOLDER
     if folder.exists():
-        return load_adapter(model, folder)
+        load_adapter(model, folder)
+        return
     alpha = config.lora_alpha
     if alpha is None and config.method == "lora-xs":
         alpha = config.r
@@ -85,7 +98,6 @@ def prepare(
             save_adapter(model, building)
     if distributed:
         torch.distributed.barrier()
-    return model
 
 
 def estimation_batches(

@@ -28,7 +28,7 @@ from lorasb_kernels.train.progress import TrainingBar, track
 from lorasb_kernels.train.trainer import (
     AdapterTrainer,
     checkpoints,
-    first_learning_rate,
+    initial_step,
     training_arguments,
 )
 
@@ -146,7 +146,9 @@ def finetune(
     def judge(description: str) -> float | None:
         if not eval_rows:
             return None
-        with clock.phase("evaluate"):
+        # As in training, what is trained is fp32 and computes in the dtype of the weights.
+        mixed = torch.autocast(arguments.device.type, torch.bfloat16, config.dtype == "bfloat16")
+        with clock.phase("evaluate"), mixed:
             return evaluate(
                 model,
                 encoder,
@@ -164,7 +166,7 @@ def finetune(
             config,
             unpacked,
             tokenizer.pad_token_id,
-            first_learning_rate(config, arguments, len(samples)),
+            initial_step(config, arguments, len(samples)),
             progress=is_main_process(),
         )
     bars = [TrainingBar(f"train {config.method}")] if is_main_process() else []

@@ -43,7 +43,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         optim="adamw_torch",
         bf16=config.dtype == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
-        activation_checkpointing=config.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -71,7 +70,8 @@ class AdapterTrainer(Trainer):
     def __init__(self, config: TrainConfig, **arguments):
         super().__init__(args=training_arguments(config), **arguments)
         self.config = config
-        self.loss_is_scaled_for_ga = config.task == "causal-lm"
+        if config.task == "causal-lm":  # `compute_loss` divides by the labels of the whole step
+            self.model_accepts_loss_kwargs = True
         self._staging: Path | None = None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -184,8 +184,10 @@ def samples_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def first_learning_rate(config: TrainConfig, args: TrainingArguments, samples: int) -> float:
-    """Learning rate of the first optimizer step that moves: the schedule's first above 0."""
+def initial_step(config: TrainConfig, args: TrainingArguments, samples: int) -> float:
+    """η of LoRA-SB: as configured, else the schedule's first learning rate above 0."""
+    if config.init_learning_rate is not None:
+        return config.init_learning_rate
     batches = math.ceil(samples / (args.train_batch_size * args.world_size))
     steps = math.ceil(config.epochs * math.ceil(batches / config.accumulation))
     warmup = args.get_warmup_steps(config.max_steps or steps)

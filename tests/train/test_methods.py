@@ -139,3 +139,25 @@ def test_the_saved_adapter_is_the_trained_model(llama, tmp_path):
     model.eval(), loaded.eval()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "lora", "full"])
+def test_bfloat16_weights_with_float32_training(method, bert, tmp_path):
+    config = tiny_config(
+        bert, tmp_path, task="classification", method=method, dtype="bfloat16", max_steps=3
+    )
+    model, _, result = finetune(config, reviews(24), reviews(10))
+    assert 0 <= result.after <= 1
+    dtypes = {p.requires_grad: set() for p in model.parameters()}
+    for parameter in model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes.pop(True) == {torch.float32}
+    assert dtypes.get(False, {torch.bfloat16}) == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_changes_nothing(llama, tmp_path):
+    plain = finetune(tiny_config(llama, tmp_path / "a", max_steps=4), sums(32))[2]
+    again = finetune(
+        tiny_config(llama, tmp_path / "b", max_steps=4, gradient_checkpointing=True), sums(32)
+    )[2]
+    torch.testing.assert_close(torch.tensor(again.losses), torch.tensor(plain.losses))

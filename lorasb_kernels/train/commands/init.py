@@ -105,7 +105,7 @@ def initialize(config: TrainConfig) -> str:
     from lorasb_kernels.train.encoding import Encoder
     from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
     from lorasb_kernels.train.run import claim, load_model, read
-    from lorasb_kernels.train.trainer import first_learning_rate, training_arguments
+    from lorasb_kernels.train.trainer import initial_step, training_arguments
 
     folder = Path(config.output_dir)
     if (folder / ADAPTER_FOLDER).exists():
@@ -117,7 +117,7 @@ def initialize(config: TrainConfig) -> str:
     encoder = Encoder(tokenizer, config.max_length, config.system_prompt)
     encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
     samples = encode(rows)
-    eta = first_learning_rate(config, arguments, len(samples))
+    eta = initial_step(config, arguments, len(samples))
     model = prepare(model.to(arguments.device), config, samples, tokenizer.pad_token_id, eta)
     report = InitReport.of(model)
     report.save(folder / "init.json")
