@@ -80,7 +80,7 @@ class SignMatrix:
         """The matrix as a dense floating-point tensor of its shape."""
         if not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
-        dense = unpack(self.positive, self.negative, self.columns).to(dtype)
+        dense = unpack(self.positive, self.negative, self.columns, dtype)
         return (dense.T if self.transposed else dense).contiguous()
 
     def matmul(self, dense: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -102,17 +102,17 @@ class SignMatrix:
         rows, columns = self.shape
         gram = torch.zeros(rows, rows, device=self.device)
         for start in range(0, columns, GRAM_DEPTH):
-            panel = self._columns(start, min(start + GRAM_DEPTH, columns)).to(dtype)
+            panel = self._columns(start, min(start + GRAM_DEPTH, columns), dtype)
             gram += panel @ panel.T
         return gram
 
-    def _columns(self, start: int, stop: int) -> torch.Tensor:
+    def _columns(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Columns start … stop − 1, dense; `start` is a multiple of 32."""
         if self.transposed:
             rows = slice(start, stop)
-            return unpack(self.positive[rows], self.negative[rows], self.columns).T
+            return unpack(self.positive[rows], self.negative[rows], self.columns, dtype).T
         part = slice(start // WORD, words(stop))
-        return unpack(self.positive[:, part], self.negative[:, part], stop - start)
+        return unpack(self.positive[:, part], self.negative[:, part], stop - start, dtype)
 
     def zeros(self) -> int:
         """How many elements are exactly zero."""

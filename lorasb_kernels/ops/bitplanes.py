@@ -72,24 +72,29 @@ def signs_of(acc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def _elements_of_byte_pair(device: torch.device) -> torch.Tensor:
-    """fp32 [65536, 8]: the elements that a byte of each plane holds, 2 MB."""
+def _elements_of_byte_pair(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[65536, 8]: the elements that a byte of each plane holds, 2 MB in fp32."""
     pair = torch.arange(1 << 16, device=device)[:, None]
     bit = torch.arange(8, device=device)
     positive, negative = pair >> bit & 1, pair >> (bit + 8) & 1
-    elements = (positive - negative).float()
+    elements = (positive - negative).to(dtype)
     return elements.masked_fill_((positive & negative).bool(), torch.nan)
 
 
-def unpack(positive: torch.Tensor, negative: torch.Tensor, columns: int) -> torch.Tensor:
-    """fp32 [m, columns] of +1, −1, 0, and NaN where both bits are set.
+def unpack(
+    positive: torch.Tensor,
+    negative: torch.Tensor,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """[m, columns] of +1, −1, 0, and NaN where both bits are set, in a floating-point dtype.
 
     One table row gives eight elements: several times the speed of shifting bits apart.
     """
     low = positive.contiguous().view(torch.uint8).to(torch.int32)
     high = negative.contiguous().view(torch.uint8).to(torch.int32)
     pairs = (low | high << 8).view(-1)
-    elements = _elements_of_byte_pair(positive.device).index_select(0, pairs)
+    elements = _elements_of_byte_pair(positive.device, dtype).index_select(0, pairs)
     return elements.view(positive.shape[0], -1)[:, :columns]
 
 
