@@ -28,8 +28,7 @@ def estimation_mode(model: nn.Module) -> Iterator[None]:
         _frozen_eval(model),
         _cache_disabled(model),
         _compilation_bypassed(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False),  # enables gradients, too
     ):
         yield
 
