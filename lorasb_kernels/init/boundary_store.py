@@ -50,13 +50,14 @@ class Offloaded:
         if self._fetched is None:
             with torch.cuda.stream(self._stream):
                 self._fetched = self._host.to(self._device, non_blocking=True)
+            self._arrived = self._stream.record_event()
 
     def get(self) -> torch.Tensor:
         """The tensor on its device, for work on the current stream."""
         self.prefetch()
         tensor, self._fetched = self._fetched, None
         current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
+        current.wait_event(self._arrived)  # not for what was prefetched after it
         tensor.record_stream(current)
         return tensor
 
