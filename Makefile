@@ -6,6 +6,10 @@
 #   make demo-compare   the methods side by side on the demo's data
 #   make lint           ruff, format check
 #   make ext            build the CUDA extension in place, incrementally
+#   make gpu            everything that needs a GPU, in nine minutes: the tests on it, then the
+#                       benchmarks; PART=tests|kernels|linear|init|train for one part, DRY=1
+#                       for the whole path on the CPU with tiny shapes, OUT= for the results,
+#                       PY= for an interpreter that has torch already
 #   make wheel          wheels without and, with a CUDA toolkit, with the extension
 
 PYTHON ?= python3
@@ -15,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: test test-full demo demo-compare lint ext wheel clean
+.PHONY: test test-full demo demo-compare lint ext gpu wheel clean
 
 $(VENV)/base.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +52,9 @@ lint: $(VENV)/test.stamp
 
 ext: $(VENV)/base.stamp
 	LORASB_FORCE_CUDA=1 $(PY) setup.py build_ext --inplace
+
+gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/test.stamp)
+	$(PY) -m bench.gpu $(addprefix --part ,$(PART)) $(if $(DRY),--dry) $(addprefix --out ,$(OUT))
 
 wheel: $(VENV)/base.stamp
 	LORASB_SKIP_CUDA=1 $(PIP) wheel --no-deps --no-build-isolation -w dist/pure .

@@ -11,7 +11,7 @@ Liger has kernels for other layers, none for a linear layer with an adapter.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorasb_kernels.nn import LoRASBLinear
 from lorasb_kernels.ops.backend import obstacle as backend_obstacle
-from lorasb_kernels.profiling.workload import Build, Operands
-from lorasb_kernels.shared_input import SharedInput
+from lorasb_kernels.profiling.workload import Build, Operands, adapted_layers, frozen_layer
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,6 @@ class Contender:
     obstacle: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     way: str | None = None
     compiles: bool = False
-
-
-class Frozen(nn.Module):
-    """The layer without an adapter, its input gradient included: the bound."""
-
-    def __init__(self, operands: Operands):
-        super().__init__()
-        self.operands = operands
-
-    def forward(self, x):
-        return F.linear(x, self.operands.weight, self.operands.bias)
 
 
 class Published(nn.Module):
@@ -134,16 +121,6 @@ class Unsloth(nn.Module):
         return y if o.bias is None else y + o.bias
 
 
-def frozen_linear(operands: Operands) -> nn.Linear:
-    """`nn.Linear` over the frozen weight."""
-    m, n = operands.weight.shape
-    linear = nn.Linear(n, m, operands.bias is not None, device="meta")
-    linear.weight = nn.Parameter(operands.weight, requires_grad=False)
-    if operands.bias is not None:
-        linear.bias = nn.Parameter(operands.bias, requires_grad=False)
-    return linear
-
-
 class Autocast(nn.Module):
     """`module` under autocast to `dtype`."""
 
@@ -163,7 +140,7 @@ def _peft(operands: Operands, fp32_adapters: bool, autocast: bool) -> nn.Module:
 
     r = operands.lora_A.shape[0]
     config = LoraConfig(r=r, lora_alpha=operands.scaling * r, init_lora_weights=False)
-    base = frozen_linear(operands)
+    base = frozen_layer(operands)
     layer = Linear(base, "default", config=config, r=r, lora_alpha=operands.scaling * r)
     layer.base_layer.requires_grad_(False)
     dtype = torch.float32 if fp32_adapters else operands.weight.dtype
@@ -179,26 +156,6 @@ def _compiled(operands: Operands) -> nn.Module:
     # Timing backward alone repeats it over one graph, which donated buffers would forbid.
     torch._functorch.config.donated_buffer = False
     return torch.compile(Published(operands), dynamic=False)
-
-
-def _ours(group: Sequence[Operands], backend: str, shared: bool) -> list[nn.Module]:
-    layers = []
-    for operands in group:
-        layer = LoRASBLinear.from_linear(
-            frozen_linear(operands),
-            operands.lora_A.shape[0],
-            reset=False,
-            scaling=operands.scaling,
-            backend=backend,
-        )
-        layer.lora_A, layer.lora_B = operands.lora_A, operands.lora_B
-        layer.lora_R = nn.Parameter(operands.lora_R.detach().clone())
-        layers.append(layer)
-    if shared and len(layers) > 1:
-        siblings = SharedInput(layers)
-        for layer in layers:
-            layer.shared_input = siblings
-    return layers
 
 
 def _each(build_one: Callable[[Operands], nn.Module]) -> Build:
@@ -230,7 +187,7 @@ def _backend(name: str, shared: bool = False) -> Contender:
     return Contender(
         name=f"lorasb {name}" + (", shared input" if shared else ""),
         summary=f"this library, backend {name}, {words}",
-        build=partial(_ours, backend=name, shared=shared),
+        build=partial(adapted_layers, backend=name, shared=shared),
         trains="core",
         obstacle=lambda device, dtype: backend_obstacle(name, device, dtype),
         way="two_call",
@@ -240,7 +197,9 @@ def _backend(name: str, shared: bool = False) -> Contender:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("frozen", "the frozen layer: the bound", _each(Frozen), "nothing", way="frozen"),
+        Contender(
+            "frozen", "the frozen layer: the bound", _each(frozen_layer), "nothing", way="frozen"
+        ),
         Contender(
             *("published", "eager LoRA-SB as published", _each(Published), "core"),
             way="published",
@@ -283,4 +242,4 @@ CONTENDERS = {
     )
 }
 
-__all__ = ["CONTENDERS", "Contender", "Published", "frozen_linear"]
+__all__ = ["CONTENDERS", "Contender", "Published"]

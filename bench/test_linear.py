@@ -50,7 +50,7 @@ def distinct_layers(preset: Preset) -> list[str]:
 def cases(grid: str) -> dict[LinearCase, tuple[str, ...]]:
     """The cases of a grid and the passes of each."""
     if grid == "tiny":
-        return {LinearCase(TINY, layer, 16, 8): PASSES for layer in ("q_proj", "block")}
+        return {LinearCase(TINY, "block", 16, 8): PASSES}
     if grid == "full":
         return {
             LinearCase(preset, layer, M, r): PASSES

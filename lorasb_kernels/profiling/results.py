@@ -78,6 +78,16 @@ class Results:
             if all(getattr(row, name) == value for name, value in columns.items())
         ]
 
+    def beside(self, row: Row) -> dict[str, float]:
+        """The other quantities of the measurement that `row` belongs to; medians of several."""
+        return {
+            other.quantity: other.value
+            for other in self.rows
+            if other.case == row.case
+            and other.contender == row.contender
+            and other.quantile in ("", "p50")
+        }
+
 
 def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> Path:
     """Adds rows to the file of `environment` in the database `folder`, atomically.
@@ -123,7 +133,7 @@ def read(path: str | Path) -> Results:
 
 
 def read_all(path: str | Path) -> list[Results]:
-    """The results in a file, or in every file of a folder and below, oldest first.
+    """The results in a file, or in every `<date>-<commit>.json` below a folder, oldest first.
 
     Raises:
         FileNotFoundError: neither a file nor a folder.
@@ -135,7 +145,8 @@ def read_all(path: str | Path) -> list[Results]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a results file nor a folder of them")
     return sorted(
-        (read(file) for file in path.glob("**/*.json")), key=lambda found: found.environment.date
+        (read(file) for file in path.glob("**/2*-*-*-*.json")),
+        key=lambda found: found.environment.date,
     )
 
 

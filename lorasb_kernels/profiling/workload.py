@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorasb_kernels.nn import LoRASBLinear
 from lorasb_kernels.profiling.costs import WAYS, Cost
 from lorasb_kernels.profiling.shapes import Layer
 from lorasb_kernels.profiling.timing import copies_past_cache
+from lorasb_kernels.shared_input import SharedInput
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,45 @@ class Operands:
 
 # From the operands of layers that read one input to the modules that compute them.
 Build = Callable[[Sequence[Operands]], list[nn.Module]]
+
+
+def frozen_layer(operands: Operands) -> nn.Linear:
+    """`nn.Linear` over the frozen weight."""
+    m, n = operands.weight.shape
+    linear = nn.Linear(n, m, operands.bias is not None, device="meta")
+    linear.weight = nn.Parameter(operands.weight, requires_grad=False)
+    if operands.bias is not None:
+        linear.bias = nn.Parameter(operands.bias, requires_grad=False)
+    return linear
+
+
+def adapted_layers(
+    group: Sequence[Operands], backend: str = "auto", shared: bool = False
+) -> list[nn.Module]:
+    """`LoRASBLinear`s over the operands.
+
+    Args:
+        group: layers that read one input.
+        backend: as the layers take it.
+        shared: compute them together.
+    """
+    layers = []
+    for operands in group:
+        layer = LoRASBLinear.from_linear(
+            frozen_layer(operands),
+            operands.lora_A.shape[0],
+            reset=False,
+            scaling=operands.scaling,
+            backend=backend,
+        )
+        layer.lora_A, layer.lora_B = operands.lora_A, operands.lora_B
+        layer.lora_R = nn.Parameter(operands.lora_R.detach().clone())
+        layers.append(layer)
+    if shared and len(layers) > 1:
+        siblings = SharedInput(layers)
+        for layer in layers:
+            layer.shared_input = siblings
+    return layers
 
 
 @dataclass(frozen=True)
@@ -182,4 +223,4 @@ class Run:
         return sum(kept.values())
 
 
-__all__ = ["Build", "Operands", "Run", "Workload"]
+__all__ = ["Build", "Operands", "Run", "Workload", "adapted_layers", "frozen_layer"]

@@ -1,0 +1,157 @@
+"""Plots of the newest results of a GPU; a plot without its numbers is not drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorasb_kernels.files import replacing
+from lorasb_kernels.profiling.results import Results, Row
+
+
+def draw_plots(found: Results, folder: str | Path) -> list[Path]:
+    """Draws what the results have numbers for; returns the PNG files, in `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    files = []
+    for name, draw in PLOTS.items():
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=150)
+        if draw(found, axes):
+            axes.grid(alpha=0.3)
+            where = found.environment
+            figure.text(
+                0.995, 0.005, f"{where.gpu}, {where.date[:10]}", ha="right", fontsize="x-small"
+            )
+            figure.tight_layout()
+            path = Path(folder) / f"{where.folder}-{name}.png"
+            with replacing(path) as building:
+                figure.savefig(building, format="png")
+            files.append(path)
+        pyplot.close(figure)
+    return files
+
+
+def _ratios(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Rows of timed contenders with their time over that of `frozen` in the same case."""
+    bound = {row.case: row.value for row in rows if row.contender == "frozen"}
+    return [
+        (row, row.value / bound[row.case])
+        for row in rows
+        if row.contender != "frozen" and row.case in bound
+    ]
+
+
+def overhead_over_tokens(found: Results, axes) -> bool:
+    """Forward and backward of a block over the frozen block, by tokens."""
+    rows = found.select(op="block.both", quantity="time", quantile="p50")
+    lines: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
+    for row, ratio in _ratios(rows):
+        case = lines.setdefault((row.shape, row.r), {})
+        case.setdefault(row.contender, []).append((row.tokens, ratio))
+    if not lines:
+        return False
+    (shape, r), contenders = max(
+        lines.items(), key=lambda item: max(len(points) for points in item[1].values())
+    )
+    for name, points in contenders.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="tokens", ylabel="time over frozen", title=f"{shape}, r = {r}, both passes")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize="small")
+    return True
+
+
+def bars_by_shape(found: Results, axes) -> bool:
+    """Forward and backward over the frozen layer, by shape, at the most tokens."""
+    rows = [
+        row
+        for op in ("linear.both", "block.both")
+        for row in found.select(op=op, quantity="time", quantile="p50")
+    ]
+    pairs = _ratios(rows)
+    if not pairs:
+        return False
+    tokens = max({row.tokens for row, _ in pairs}, key=lambda M: _shapes_at(pairs, M))
+    rank = max(row.r for row, _ in pairs if row.tokens == tokens)
+    chosen = [(row, ratio) for row, ratio in pairs if (row.tokens, row.r) == (tokens, rank)]
+    shapes = list(dict.fromkeys(row.shape for row, _ in chosen))
+    names = list(dict.fromkeys(row.contender for row, _ in chosen))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        heights = {row.shape: ratio for row, ratio in chosen if row.contender == name}
+        places = [shapes.index(shape) + (i - len(names) / 2 + 0.5) * width for shape in heights]
+        axes.bar(places, list(heights.values()), width, label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(shapes)), shapes, fontsize="x-small")
+    axes.set(ylabel="time over frozen", title=f"M = {tokens}, r = {rank}, both passes")
+    axes.legend(fontsize="x-small", ncols=2)
+    return True
+
+
+def _shapes_at(pairs: Sequence[tuple[Row, float]], tokens: int) -> int:
+    return len({row.shape for row, _ in pairs if row.tokens == tokens})
+
+
+def roofline(found: Results, axes) -> bool:
+    """Achieved rate of each kernel over its flops a byte, under the measured ceilings."""
+    ceilings = {row.quantity: row.value for row in found.select(op="ceiling", dtype="bfloat16")}
+    kernels = [row for row in found.select(quantity="rate") if row.op.startswith("kernel.")]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in kernels:
+        value = found.beside(row)
+        if value.get("flops"):
+            intensity = value["flops"] / value["bytes"]
+            points.setdefault(row.contender, []).append((intensity, row.value))
+    if not points or len(ceilings) < 2:
+        return False
+    for name, pairs in points.items():
+        axes.scatter(*zip(*pairs, strict=True), s=14, label=name)
+    ridge = 1e3 * ceilings["rate"] / ceilings["bandwidth"]  # flops a byte
+    axes.plot(
+        [ridge / 256, ridge, ridge * 16],
+        [ceilings["rate"] / 256, ceilings["rate"], ceilings["rate"]],
+        color="black",
+        linewidth=1,
+    )
+    axes.set(xlabel="flops a byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+    axes.set_title("kernels under the measured roofline")
+    axes.legend(fontsize="small")
+    return True
+
+
+def memory(found: Results, axes) -> bool:
+    """What forward keeps for backward, by contender, in the case with the most tokens."""
+    rows = found.select(quantity="saved_memory")
+    if not rows:
+        return False
+    largest = max(rows, key=lambda row: (row.op.startswith("block"), row.tokens, row.r))
+    chosen = [row for row in rows if row.case == largest.case]
+    axes.barh([row.contender for row in chosen], [row.value / 1e6 for row in chosen])
+    axes.invert_yaxis()
+    axes.set(xlabel="MB kept for backward")
+    axes.set_title(f"{largest.shape}, M = {largest.tokens}, r = {largest.r}")
+    return True
+
+
+def init_time(found: Results, axes) -> bool:
+    """Seconds of a whole model's initialization, by contender."""
+    rows = found.select(op="init.model", quantity="time", quantile="p50")
+    if not rows:
+        return False
+    axes.barh([row.contender for row in rows], [row.value / 1e6 for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", title=f"initialization, {rows[0].shape}, r = {rows[0].r}")
+    return True
+
+
+PLOTS = {
+    "overhead": overhead_over_tokens,
+    "shapes": bars_by_shape,
+    "roofline": roofline,
+    "memory": memory,
+    "init": init_time,
+}
+
+__all__ = ["draw_plots"]

@@ -1,0 +1,171 @@
+"""`docs/benchmarks.md` from the results database: tables, and the plots of `plots.py`.
+
+Shows the newest results of each GPU, and nothing that is not in the database.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lorasb_kernels.files import write_text
+from lorasb_kernels.profiling.plots import draw_plots
+from lorasb_kernels.profiling.results import Results, Row
+from lorasb_kernels.profiling.tables import markdown_table, seconds, size
+
+HEAD = """# Benchmarks
+
+Written by `lorasb bench report` from the results database, `bench/results/`. `make gpu` measures
+on one GPU in at most nine minutes and adds to it; see [the A6000 guide](a6000.md) for the how.
+
+Times are medians of interleaved bursts over operands larger than the L2 cache, forward and
+backward with the input gradient where it says "both". Overhead is the time over that of the
+frozen layer in the same run. `lorasb bench compare` says what a change did.
+"""
+NOTHING = """
+**Not measured.** There are no results of a GPU in the database yet, so there is no number to
+show. `lorasb profile --gpu a6000` prints what the roofline predicts.
+"""
+
+
+def render(results: Sequence[Results], docs: str | Path) -> list[Path]:
+    """Writes `benchmarks.md` and the plots into `docs`; returns the files.
+
+    Args:
+        results: all results, oldest first.
+        docs: folder.
+    """
+    docs = Path(docs)
+    newest = {found.environment.gpu: found for found in results}
+    parts, files = [HEAD], []
+    if not any(not gpu.startswith("cpu") for gpu in newest):
+        parts.append(NOTHING)
+    for found in newest.values():
+        plots = draw_plots(found, docs / "images")
+        files += plots
+        parts.append(_device(found, [path.relative_to(docs) for path in plots]))
+    page = docs / "benchmarks.md"
+    write_text(page, "\n".join(part.strip("\n") + "\n" for part in parts))
+    return [page, *files]
+
+
+def _device(found: Results, plots: Sequence[Path]) -> str:
+    where = found.environment
+    driver = f"driver {where.driver}, " if where.driver else ""
+    triton = f"Triton {where.triton}, " if where.triton else ""
+    lines = [
+        f"## {where.gpu}",
+        f"{where.date}, commit {where.commit}, {driver}torch {where.torch}, {triton}"
+        f"{_ceilings(found)}",
+    ]
+    if where.gpu.startswith("cpu"):
+        lines.append("A CPU: this says nothing of a GPU.")
+    lines += [f"![{path.stem}]({path.as_posix()})" for path in plots]
+    for title, section in SECTIONS:
+        table = section(found)
+        if table:
+            lines += [f"### {title}", table]
+    return "\n\n".join(lines)
+
+
+def _ceilings(found: Results) -> str:
+    rows = found.select(op="ceiling")
+    words = [f"{row.value:.4g} {row.unit} ({row.dtype})" for row in rows]
+    return "measured ceilings " + ", ".join(words) if words else "no ceilings measured"
+
+
+def _medians(found: Results, prefix: str) -> dict[tuple, dict[str, Row]]:
+    """Median times by case, then contender, of the operations that start so."""
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in found.select(quantity="time", quantile="p50"):
+        if row.op.startswith(prefix):
+            cases.setdefault(row.case, {})[row.contender] = row
+    return cases
+
+
+def _contenders(cases: dict[tuple, dict[str, Row]]) -> list[str]:
+    return list(dict.fromkeys(name for timed in cases.values() for name in timed))
+
+
+def overhead_table(prefix: str) -> Callable[[Results], str]:
+    """Time of the frozen layer, and every contender's as a multiple of it."""
+
+    def table(found: Results) -> str:
+        cases = {c: timed for c, timed in _medians(found, prefix).items() if "frozen" in timed}
+        if not cases:
+            return ""
+        names = [name for name in _contenders(cases) if name != "frozen"]
+        rows = []
+        for (op, shape, tokens, r, _), timed in cases.items():
+            bound = timed["frozen"].value
+            ratios = [f"{timed[n].value / bound:.2f}" if n in timed else "" for n in names]
+            rows.append((f"{shape} {op.partition('.')[2]}", str(tokens), str(r)))
+            rows[-1] += (seconds(1e-6 * bound), *ratios)
+        return markdown_table(("case", "M", "r", "frozen", *names), rows)
+
+    return table
+
+
+def kernel_table(found: Results) -> str:
+    """Time, achieved rates and share of the roofline of each implementation."""
+    rows = []
+    for case, timed in _medians(found, "kernel.").items():
+        op, shape, tokens, r, _ = case
+        for name, row in timed.items():
+            value = found.beside(row)
+            cells = (f"{op[7:]} {shape}", str(tokens), str(r), name, seconds(1e-6 * row.value))
+            cells += (f"{value['bandwidth']:.0f}", f"{value['rate']:.1f}")
+            share = value.get("roofline_share")
+            rows.append((*cells, "" if share is None else f"{share:.0%}"))
+    header = ("kernel", "M", "r", "implementation", "time", "GB/s", "TFLOP/s", "of roofline")
+    return markdown_table(header, rows) if rows else ""
+
+
+def memory_table(found: Results) -> str:
+    """What forward keeps for backward, and the peak of both."""
+    rows = []
+    for row in found.select(quantity="saved_memory"):
+        peak = found.beside(row).get("peak_memory")
+        cells = (row.shape, str(row.tokens), str(row.r), row.contender, size(row.value))
+        rows.append((*cells, "" if peak is None else size(peak)))
+    header = ("case", "M", "r", "contender", "kept for backward", "peak")
+    return markdown_table(header, rows) if rows else ""
+
+
+def train_table(found: Results) -> str:
+    """Tokens a second and peak memory of a training step."""
+    rows = []
+    for case, timed in _medians(found, "train.").items():
+        _, shape, _, r, _ = case
+        for name, row in timed.items():
+            value = found.beside(row)
+            peak = size(value["peak_memory"]) if "peak_memory" in value else ""
+            cells = (f"{shape}, {value['blocks']:.0f} blocks", str(r), name)
+            rows.append((*cells, seconds(1e-6 * row.value), f"{value['throughput']:.0f}", peak))
+    header = ("model", "r", "method", "step", "tokens/s", "peak beyond weights")
+    return markdown_table(header, rows) if rows else ""
+
+
+def init_table(found: Results) -> str:
+    """Time, captured energy and peak memory of initialization."""
+    rows = []
+    for case, timed in _medians(found, "init.").items():
+        op, shape, _, r, _ = case
+        for name, row in timed.items():
+            value = found.beside(row)
+            energy = value.get("captured_energy")
+            peak = size(value["peak_memory"]) if "peak_memory" in value else ""
+            cells = (f"{op[5:]}: {shape}", str(r), name, seconds(1e-6 * row.value))
+            rows.append((*cells, "" if energy is None else f"{energy:.6f}", peak))
+    header = ("case", "r", "who", "time", "captured energy", "peak")
+    return markdown_table(header, rows) if rows else ""
+
+
+SECTIONS = (
+    ("One layer, over the frozen one", overhead_table("linear.")),
+    ("A whole block, over the frozen one", overhead_table("block.")),
+    ("Kernels", kernel_table),
+    ("Memory of one layer or block", memory_table),
+    ("A training step", train_table),
+    ("Initialization", init_table),
+)
+
+__all__ = ["render"]
