@@ -38,7 +38,7 @@ setup(
     name="lorasb_kernels",
     version="0.1.0",
     description="Fused Triton and CUDA kernels for LoRA-SB adapters around frozen linear layers",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

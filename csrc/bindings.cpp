@@ -89,7 +89,8 @@ class Arguments {
   lorasb::Dropout dropout(double p, const std::optional<Tensor>& seed) const {
     STD_TORCH_CHECK(0 <= p && p < 1, op_, ": dropout_p is ", p, "; expected 0 <= dropout_p < 1");
     if (p == 0) return {nullptr, 0, 1.f};
-    STD_TORCH_CHECK(seed.has_value(), op_, ": seed is None; expected int64 [1] as dropout_p is ", p);
+    STD_TORCH_CHECK(seed.has_value(), op_, ": seed is None; expected int64 [1] as dropout_p is ",
+                    p);
     vector("seed", *seed, ScalarType::Long, 1);
     const double threshold = std::fmin(std::nearbyint(p * 4294967296.0), 4294967295.0);
     return {static_cast<const int64_t*>(seed->const_data_ptr()),
@@ -148,8 +149,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "lorasb: this torch was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -3,8 +3,8 @@
 // The second term comes first, so that dropout can be applied to it while it is alone in the
 // accumulators. Reads x, W, p, B, writes y once; 2·M·N·(K + r) flops.
 //
-// A plain mma.sync product: on sm_90 it cannot use wgmma, and cuBLAS followed by `addmm` is
-// faster there for large shapes.
+// A plain mma.sync product, which cannot reach the rate of wgmma on sm_90: there, two cuBLAS
+// calls are expected to win on large shapes. A measurement decides which of them a caller takes.
 #include "common/dropout.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
@@ -148,7 +148,7 @@ Launch expand_layout(const ExpandParams& params, cudaStream_t stream) {
   using Small = SmallTile<T, TRANSPOSED>;
   const Matrix& weight = params.weight.matrix;
   const int M = params.x.rows, N = TRANSPOSED ? weight.columns : weight.rows;
-  if (M == 0) return {};
+  if (M == 0 || N == 0) return {};
   const int64_t large = tiles_of<Large>(M, N);
   return large < multiprocessors() ? launch_expand<Small>(params, tiles_of<Small>(M, N), stream)
                                    : launch_expand<Large>(params, large, stream);

@@ -171,12 +171,13 @@ __global__ void __launch_bounds__(Traits::THREADS)
   };
   const auto store = [&](void* out, int row, int rank, float value) {
     if (row0 + row < params.x.rows && rank < params.rank)
-      static_cast<T*>(out)[static_cast<int64_t>(row0 + row) * params.rank + rank] = from_float<T>(value);
+      static_cast<T*>(out)[static_cast<int64_t>(row0 + row) * params.rank + rank] =
+          from_float<T>(value);
   };
 
   float* first = reinterpret_cast<float*>(shared);
   float* cores = first + First::SIZE;
-  // The core reads `first` 16 ranks at a time. Past the rank the factor is zero, yet 0 · Inf is not.
+  // The core reads `first` 16 ranks at a time. Past the rank the factor is 0, yet 0 · Inf is not.
   for_each(ceil_div(tiles, 2) * 2, [&](int row, int rank, float& value) {
     value = rank < params.rank ? value * params.dropout.scale : 0.f;
     first[First::at(row, rank)] = value;

@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(Traits::THREADS)
         const int word = TRANSPOSE ? m0 / 32 + i % 2 : step;
         const uint32_t* plane = threadIdx.x < WORDS ? params.positive : params.negative;
         const bool inside = row < params.m && word < words;
-        cp_async<4>(stage_planes(stage) + threadIdx.x, plane + (inside ? static_cast<int64_t>(row) * words + word : 0), inside ? 4 : 0);
+        const int64_t from = inside ? static_cast<int64_t>(row) * words + word : 0;
+        cp_async<4>(stage_planes(stage) + threadIdx.x, plane + from, inside ? 4 : 0);
       },
       [&](int, int stage) {
         const float* dense = stage_dense(stage);
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(Traits::THREADS)
       for (int e = 0; e < 4; ++e) {
         const int row = m0 + warp_m + 16 * i + lane_group() + e / 2 * 8;
         const int column = n0 + warp_n + 8 * j + lane_pair() + e % 2;
-        if (row < rows && column < q) params.out[static_cast<int64_t>(row) * q + column] = acc[i][j][e];
+        if (row < rows && column < q)
+          params.out[static_cast<int64_t>(row) * q + column] = acc[i][j][e];
       }
 }
 

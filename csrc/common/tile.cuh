@@ -11,7 +11,7 @@ namespace lorasb {
 // The 16-byte chunks of a row are permuted so that eight rows at one column touch all 32
 // banks: `ldmatrix`, which reads such columns, is free of conflicts without padding.
 //
-// A fp32 tile along OUTER is read in rows and needs no permutation.
+// An fp32 tile along OUTER is read in rows and needs no permutation.
 template <typename T_, int OUTER_, int K_, bool K_CONTIGUOUS_,
           bool PERMUTED = K_CONTIGUOUS_ || sizeof(T_) == 2>
 struct Tile {

@@ -135,7 +135,8 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_b
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args,
                                size_t shared_bytes, cudaStream_t) {
   const Kernel& known = kernels().at(kernel);
-  if (shared_bytes > known.opted_in || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+  const bool in_range = grid.x && grid.y && grid.z && grid.y <= 65535 && grid.z <= 65535;
+  if (!in_range || shared_bytes > known.opted_in)
     return last_error = cudaErrorInvalidConfiguration;
   const unsigned shape[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
   const int failed = run_kernel(known.name.c_str(), shape, args[0], shared_bytes);
