@@ -159,12 +159,24 @@ def init_table(found: Results) -> str:
     return markdown_table(header, rows) if rows else ""
 
 
+def optimizer_table(found: Results) -> str:
+    """Time of an optimizer step."""
+    rows = [
+        (shape, str(r), name, seconds(1e-6 * row.value))
+        for (_, shape, _, r, _), timed in _medians(found, "optimizer.").items()
+        for name, row in timed.items()
+    ]
+    header = ("parameters", "r", "optimizer", "clip, step and clear")
+    return markdown_table(header, rows) if rows else ""
+
+
 SECTIONS = (
     ("One layer, over the frozen one", overhead_table("linear.")),
     ("A whole block, over the frozen one", overhead_table("block.")),
     ("Kernels", kernel_table),
     ("Memory of one layer or block", memory_table),
     ("A training step", train_table),
+    ("An optimizer step", optimizer_table),
     ("Initialization", init_table),
 )
 

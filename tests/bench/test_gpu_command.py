@@ -18,7 +18,8 @@ def test_dry_run(tmp_path, capfd):
     (found,) = read_all(tmp_path)
     assert found.environment.gpu.startswith("cpu")
     ops = {row.op for row in found.rows}
-    assert {"ceiling", "kernel.shrink", "block.both", "init.svd", "init.model", "train.step"} <= ops
+    assert {"ceiling", "kernel.shrink", "block.both", "init.svd", "init.model"} <= ops
+    assert {"train.step", "optimizer.step"} <= ops
     times = found.select(op="block.both", quantity="time", quantile="p50")
     assert {"frozen", "published", "peft", "lorasb reference"} <= {row.contender for row in times}
 

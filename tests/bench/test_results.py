@@ -139,6 +139,7 @@ def everything():
     rows += step
     for quantity, value in (("throughput", 20480.0), ("blocks", 32), ("peak_memory", 3e9)):
         rows.append(dataclasses.replace(step[1], quantity=quantity, quantile="", value=value))
+    rows += timing(77.0, "packed, AdamW", "optimizer.step", shape="224 cores")
     rows += timing(3e6, "layerwise", "init.model", shape="mistral-7b 4 blocks")
     return rows
 
@@ -150,7 +151,7 @@ def test_the_report_shows_what_was_measured(tmp_path):
     assert "NVIDIA RTX A6000" in text
     assert "commit abc" in text
     assert "Not measured" not in text
-    for number in ("1.23", "2.5 MB", "91%", "20480", "3 GB", "720 GB/s"):
+    for number in ("1.23", "2.5 MB", "91%", "20480", "77 µs", "3 GB", "720 GB/s"):
         assert number in text, number
     names = {plot.stem.removeprefix("nvidia-rtx-a6000-") for plot in plots}
     assert names == {"overhead", "shapes", "roofline", "memory", "init"}
