@@ -101,7 +101,7 @@ def run_comparison(
     """Runs what has not been run, prints the table and draws the curves.
 
     Args:
-        output_dir: receives `cells/*.json`, `table.md`, `loss.png` and the runs.
+        output_dir: receives `cells/*.json`, `table.json`, `loss.png` and the runs.
         train_rows: headlines trained on.
         test_rows: headlines of the final judgement.
         only: names of contenders, to run these alone; none: all.

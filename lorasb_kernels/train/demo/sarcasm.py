@@ -28,7 +28,7 @@ from lorasb_kernels.train.summary import minutes, standard_error
 STEPS = 60
 BATCH = 16
 HELD_OUT = 300
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 5e-3
 QUESTION = "Sarcastic? {}"
 ANSWERS = ("no", "yes")
 
