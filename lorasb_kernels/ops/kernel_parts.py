@@ -30,16 +30,13 @@ def keep_mask(seed, rows, columns, row_length, threshold):
 
 @triton.jit
 def arrives_last(counter_ptr, blocks):
-    """True in the block that is the last of `blocks` to call this; the counter ends at zero.
+    """True in the block that is the last of `blocks` to call this; the counter starts at zero.
 
     What any of the blocks stored to global memory before is visible to the last one after:
     the barrier orders the stores of all threads before the counter, which releases them.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == blocks - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == blocks - 1
 
 
 def launch_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -4,7 +4,7 @@ Compiles every kernel with every shipped tile ahead of time and reads the result
 resource usage by `cuobjdump`, which Triton carries, and the PTX for tensor-core instructions
 and the width of the asynchronous copies.
 
-    python -m lorasb_kernels.ops.resources --write docs/kernel_resources.md
+    python -m lorasb_kernels.ops.resources --dtype bfloat16 float32 --write FILE
     python -m lorasb_kernels.ops.resources --arch sm_86 --kernel expand --json
 
 Triton's interpreter must be off: it replaces the kernels as they are imported.
@@ -274,7 +274,8 @@ def markdown(reports: list[Report]) -> str:
         "# Registers, shared memory and occupancy of the Triton kernels",
         "",
         f"Compiled ahead of time by Triton {triton.__version__}, not measured; written by",
-        "`python -m lorasb_kernels.ops.resources --write docs/kernel_resources.md`.",
+        "`python -m lorasb_kernels.ops.resources --dtype bfloat16 float32 --write FILE`. float16",
+        "has bfloat16's tiles and sizes.",
         "Stack is what a thread spills, in bytes. Blocks and occupancy are for a multiprocessor;",
         "occupancy is the share of its warp slots. Dynamic shapes and strides divisible by 16.",
     ]

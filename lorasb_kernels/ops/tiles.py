@@ -91,10 +91,15 @@ def rank_tiles(r: int) -> tuple[int, int]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """`"sm_86"` and so on, of the nearest table at or below the device's capability."""
+    """`"sm_86"` and so on, of the nearest table at or below the device's capability.
+
+    Blackwell's workstation parts (12.x) have the 99 KB of shared memory of sm_89.
+    """
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
+    if major >= 12:
+        return "sm_89"
     known = [arch for arch in ARCHITECTURES if int(arch[3:]) <= 10 * major + minor]
     return known[-1]
 

@@ -90,10 +90,10 @@ def check_shrink_mask():
 
 def check_shrink_strides():
     """Row offsets beyond 2³¹ elements, transposed A and R, every other row."""
-    stride, n, r = 2**31 + 8, 40, 8
-    memory = torch.from_numpy(np.zeros(stride + n, dtype=np.int16)).view(BF16)
-    x, lora_A, core, *rest = shrink_arguments(2, n, r)
-    far = memory.as_strided((2, n), (stride, 1))
+    stride, n, r = 2**30 + 8, 40, 8
+    memory = torch.from_numpy(np.zeros(2 * stride + n, dtype=np.int16)).view(BF16)
+    x, lora_A, core, *rest = shrink_arguments(3, n, r)
+    far = memory.as_strided((3, n), (stride, 1))
     far.copy_(x)
     with emulated():
         near = shrink(x, lora_A, core, *rest)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from tests.contract import assert_within_contract
+from tests.contract import assert_within_contract, relative_error
 from tests.ops.conftest import ON_GPU
 
 # M, n (or m, or K), r: odd and round, no row and one row, every kind of rank tile.
@@ -32,6 +32,9 @@ if ON_GPU:
         (4096, 4096, 256),
         (1000, 2048, 512),
     ]
+
+# fp32 operands: three tf32 products keep 22 bits of each; ‖out − ref‖ / ‖ref‖.
+SINGLE_TOLERANCE = 2e-6
 
 SEED = 0x1234_5678_9ABC_DEF1
 
@@ -75,7 +78,11 @@ def check(function, backend: str, *arguments) -> tuple[torch.Tensor, ...]:
     exact = oracle(operation, *arguments)
     for index, (out, own, ref) in enumerate(zip(outputs, eager, exact, strict=True)):
         assert out.dtype == own.dtype
-        assert_within_contract(out, own, ref, name=f"{operation}[{index}]")
+        if arguments[0].dtype == torch.float32:
+            assert out.shape == ref.shape
+            assert ref.numel() == 0 or relative_error(out, ref) <= SINGLE_TOLERANCE
+        else:
+            assert_within_contract(out, own, ref, name=f"{operation}[{index}]")
     again = as_tuple(function(*arguments, backend))
     assert all(map(same_bits, outputs, again)), f"{operation}: different bits on the second run"
     return outputs

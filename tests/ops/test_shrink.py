@@ -39,13 +39,13 @@ def test_strides(backend, dtype, device):
 def test_offsets_beyond_32_bits(backend, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GB of device memory")
-    stride, n, r = 2**31 + 8, 40, 8
+    stride, n, r = 2**30 + 8, 40, 8  # the stride fits 32 bits, that of the third row does not
     if device.type == "cpu":  # pages that nobody touches cost nothing
-        memory = torch.from_numpy(np.zeros(stride + n, dtype=np.float16))
+        memory = torch.from_numpy(np.zeros(2 * stride + n, dtype=np.float16))
     else:
-        memory = torch.zeros(stride + n, dtype=torch.float16, device=device)
-    x = memory.as_strided((2, n), (stride, 1))
-    small, lora_A, lora_R = operands(2, n, r, torch.float16, device)
+        memory = torch.zeros(2 * stride + n, dtype=torch.float16, device=device)
+    x = memory.as_strided((3, n), (stride, 1))
+    small, lora_A, lora_R = operands(3, n, r, torch.float16, device)
     x.copy_(small)
     far = shrink(x, lora_A, lora_R, SCALING, 0.0, None, backend)
     near = shrink(small, lora_A, lora_R, SCALING, 0.0, None, backend)
@@ -84,3 +84,13 @@ def test_a_dropped_infinity_is_gone(backend, device):
     h, p = shrink(x, lora_A, lora_R, SCALING, 0.5, seed, backend)
     assert h.isfinite().all()
     assert p.isfinite().all()
+
+
+def test_an_infinity_stays_one(backend, device):
+    """The padding of a rank tile, where A and R are zero, must not turn it into 0 · Inf = NaN."""
+    x = torch.ones(3, 16, dtype=torch.float16, device=device)
+    x[1, 2] = math.inf
+    ones = torch.ones(5, 16, dtype=torch.float16, device=device)
+    for out in shrink(x, ones, torch.ones(5, 5, device=device), SCALING, 0.0, None, backend):
+        assert torch.equal(out[1], torch.full_like(out[1], math.inf))
+        assert out[0].isfinite().all()

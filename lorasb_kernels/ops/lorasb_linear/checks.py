@@ -28,7 +28,7 @@ def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, drop
     for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
-    if not math.isfinite(scaling):
+    if not abs(scaling) < math.inf:  # NaN too; traceable when torch.compile makes it symbolic
         raise ValueError(f"scaling is {scaling}; expected a finite number")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
