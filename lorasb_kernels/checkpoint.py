@@ -46,7 +46,8 @@ _PROBE_TOLERANCE = 2.0**-7
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Writes the adapters of `model` to `directory`.
 
-    A and B are written only when they are not there already.
+    A and B are written only when they are not there already. Under `fully_shard` every rank
+    calls it, since the parameters are gathered; all write the same bytes.
 
     Args:
         model: an adapted model.
@@ -226,7 +227,7 @@ def _subspace(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
 
 def _probe(weight: torch.Tensor) -> torch.Tensor:
     """Up to 16 evenly spaced elements of a frozen weight, in bf16."""
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight.detach()).reshape(-1)
     step = max(1, flat.numel() // _PROBE_ELEMENTS)
     return flat[::step][:_PROBE_ELEMENTS].to(torch.bfloat16)
 
@@ -234,14 +235,19 @@ def _probe(weight: torch.Tensor) -> torch.Tensor:
 def _trained(
     layers: dict[str, LoRASBLinear], saved: dict[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
-    cores = {f"{name}.lora_R": layer.lora_R for name, layer in layers.items()}
+    cores = {f"{name}.lora_R": whole(layer.lora_R) for name, layer in layers.items()}
     return cores | saved_tensors(saved)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, gathered from all ranks where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """The tensors of the modules trained whole, by their names in the model."""
     return {
-        f"{name}.{key}": tensor
+        f"{name}.{key}": whole(tensor)
         for name, module in saved.items()
         for key, tensor in module.state_dict(keep_vars=True).items()
     }
@@ -331,4 +337,5 @@ __all__ = [
     "saved_tensors",
     "subspace_fingerprint",
     "trained_tensors",
+    "whole",
 ]
