@@ -35,6 +35,7 @@ BENCHMARKS = {
 GPU_TESTS = (
     *("tests/gpu", "tests/ops", "tests/signs", "tests/test_nn.py"),
     *("tests/test_functional.py", "tests/test_shared_input.py"),
+    "tests/bench/test_contenders.py",
 )
 TUNED_LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
 

@@ -132,6 +132,7 @@ def _published(model: nn.Module, r: int) -> nn.Module:
             lora_A=torch.randn(r, n, **options) * n**-0.5,
             lora_R=torch.zeros(r, r, **options),
             lora_B=torch.randn(m, r, **options) * m**-0.5,
+            scaling=1.0,
         )
         model.set_submodule(name, Published(operands))
     return model

@@ -26,7 +26,7 @@ class Operands:
     lora_A: torch.Tensor
     lora_R: torch.Tensor
     lora_B: torch.Tensor
-    scaling: float = 1.0
+    scaling: float
 
 
 # From the operands of layers that read one input to the modules that compute them.
@@ -91,6 +91,7 @@ class Workload:
         dtype: of everything but R, which is fp32 (fp64 with fp64).
         device: where they live.
         bias: whether the layers have one.
+        scaling: s of every layer.
         seed: of the draw.
     """
 
@@ -103,10 +104,11 @@ class Workload:
         device: torch.device,
         *,
         bias: bool = False,
+        scaling: float = 1.0,
         seed: int = 0,
     ):
         self.groups, self.M, self.r = groups, M, r
-        self.dtype, self.device, self.bias = dtype, device, bias
+        self.dtype, self.device, self.bias, self.scaling = dtype, device, bias, scaling
         self._generator = torch.Generator(device).manual_seed(seed)
         first = self._draw()
         size = sum(tensor.nbytes for tensor in (*first.inputs, *first.dys))
@@ -129,6 +131,7 @@ class Workload:
                     lora_A=self._normal(r, n, std=n**-0.5),
                     lora_R=self._normal(r, r, std=r**-0.5, dtype=core),
                     lora_B=self._normal(m, r, std=r**-0.5),
+                    scaling=self.scaling,
                 )
                 for n, m in ((layer.n, layer.m) for layer in group)
             ]

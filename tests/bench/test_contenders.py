@@ -13,6 +13,7 @@ from tests.contract import assert_within_contract
 M, R = 9, 4
 GROUPS = [[Layer("q", 24, 20), Layer("k", 24, 12)], [Layer("o", 20, 24)]]
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU
 
 
 def formula(operands: Operands, x: torch.Tensor, trains: str, dtype: torch.dtype):
@@ -54,12 +55,12 @@ def expected(workload: Workload, trains: str, dtype: torch.dtype):
 )
 def test_contender_equals_its_formula(name, dtype):
     contender = CONTENDERS[name]
-    reason = contender.obstacle(CPU, dtype)
+    reason = contender.obstacle(DEVICE, dtype)
     if reason:
         pytest.skip(reason)
     if "triton" in name and dtype == torch.bfloat16 and interpreting():
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
-    workload = Workload(GROUPS, M, R, dtype, CPU, bias=True)
+    workload = Workload(GROUPS, M, R, dtype, DEVICE, bias=True, scaling=0.5)
     run = Run(contender.build, workload)
     found = [*run.forward(0), *run.both(0)]
     exact = expected(workload, contender.trains, torch.float64)
