@@ -1,5 +1,7 @@
 """Tiny random models of each supported architecture, built from their configurations."""
 
+import copy
+
 import torch
 import transformers as hf
 
@@ -18,7 +20,8 @@ _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 
 
 def _causal(config):
-    return lambda: hf.AutoModelForCausalLM.from_config(config)
+    # A copy each, as saving or casting a model writes to its configuration.
+    return lambda: hf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
 
 
 ARCHITECTURES = {
