@@ -74,7 +74,9 @@ class Comparison:
         return found
 
     def close(self) -> None:
-        """Lets go of all device memory."""
+        """Lets go of all device memory, and of compiled code, whose number is limited."""
+        if any(CONTENDERS[name].compiles for name in self.runs):
+            torch.compiler.reset()
         self.runs.clear()
         self._measured.clear()
         if self.workload.device.type == "cuda":

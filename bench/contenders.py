@@ -153,8 +153,9 @@ def _peft(operands: Operands, fp32_adapters: bool, autocast: bool) -> nn.Module:
 
 
 def _compiled(operands: Operands) -> nn.Module:
-    # Timing backward alone repeats it over one graph, which donated buffers would forbid.
-    torch._functorch.config.donated_buffer = False
+    from torch._functorch import config
+
+    config.donated_buffer = False  # timing backward alone repeats it over one graph
     return torch.compile(Published(operands), dynamic=False)
 
 
