@@ -79,12 +79,9 @@ class PackedCores:
                     f"{name}.lora_R is no longer a view of the packed cores; expected "
                     "PackedCores(model) after the model's last move or cast"
                 )
-            if self.parameter.grad is None:  # optimizer.zero_grad()
-                for other in self._cores.values():
-                    other.grad = None
-            elif core.grad is not None or any(c.grad is not None for c in self._latest_first()):
-                return
-            self._gradient.zero_()  # model.zero_grad(), or the first gradient of all
+            summing = any(other.grad is not None for other in self._latest_first())
+            if self.parameter.grad is None or not summing:
+                self._gradient.zero_()  # after optimizer.zero_grad() or model.zero_grad()
 
         return start_new_sum_if_gradients_were_cleared
 
