@@ -170,9 +170,10 @@ def _ampere_projection(num_stages: int):
             64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages + 1),
             128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages),
             192: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
-            # Seven tiles of 32: the core's operands would spill with 32 rows.
-            224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=num_stages),
-            256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
+            # Seven tiles of 32: the core's operands would spill with 32 rows. 16 rows of x
+            # are 16 bytes a thread for 4 warps.
+            224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=num_stages),
+            256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=3),
             512: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
         {
