@@ -42,7 +42,10 @@ def test_help_imports_neither_torch_nor_transformers():
 
 def test_version(capsys):
     assert main(["version"]) == 0
-    assert f"lorasb_kernels {lorasb_kernels.__version__}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"lorasb_kernels {lorasb_kernels.__version__}" in printed
+    info = lorasb_kernels.build_info()
+    assert (info["reason"] if info["extension"] is None else info["architectures"]) in printed
 
 
 @pytest.mark.parametrize(

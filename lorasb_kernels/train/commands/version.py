@@ -1,4 +1,4 @@
-"""Show the versions of the library, Python, torch and the packages training uses."""
+"""Show the versions of the library and of what it runs on, and how the CUDA extension was built."""
 
 import argparse
 import importlib.metadata
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints one line a package."""
+    """Prints one line a package, then the build of the CUDA extension or why there is none."""
     print(f"lorasb_kernels {lorasb_kernels.__version__}")
     print(f"python {platform.python_version()}")
     for package in ("torch", "triton", "transformers", "accelerate", "peft"):
@@ -20,4 +20,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} not installed")
+    info = lorasb_kernels.build_info()
+    if info["extension"] is None:
+        print(f"cuda extension none: {info['reason']}")
+    else:
+        for key in ("architectures", "nvcc", "compiler", "torch_target"):
+            print(f"cuda extension {key} {info[key]}")
     return 0

@@ -29,6 +29,9 @@ STEPS = 60
 BATCH = 16
 HELD_OUT = 300
 LEARNING_RATE = 5e-3
+# η of LoRA-SB's update. The schedule's first learning rate, 1.25e-3, throws this model far off:
+# training then starts at a loss of 6 and spends a dozen steps on the way back.
+INIT_LEARNING_RATE = 1e-4
 QUESTION = "Sarcastic? {}"
 ANSWERS = ("no", "yes")
 
@@ -47,6 +50,7 @@ def demo_config(model: Path, output_dir: Path) -> TrainConfig:
         method="lora-sb",
         r=16,
         learning_rate=LEARNING_RATE,
+        init_learning_rate=INIT_LEARNING_RATE,
         warmup_ratio=0.06,
         batch_size=BATCH,
         max_steps=STEPS,
