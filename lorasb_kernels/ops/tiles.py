@@ -162,8 +162,11 @@ def _by_itemsize(half, single):
     return {2: half, 4: single}
 
 
-def _ampere_projection(num_stages: int):
-    """sm_80 has shared memory for one stage more than sm_86 and sm_89."""
+def _ampere_projection(num_stages: int, widest_warps: int):
+    """sm_80 has shared memory for one stage more than sm_86 and sm_89.
+
+    `widest_warps` is what holds rank 512 in fp32 without a spill, by compilation.
+    """
     return _by_itemsize(
         {
             32: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=num_stages + 1),
@@ -174,13 +177,15 @@ def _ampere_projection(num_stages: int):
             # are 16 bytes a thread for 4 warps.
             224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=num_stages),
             256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=3),
-            512: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
+            448: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
+            512: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=2),
         },
         {
             64: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=num_stages),
             128: ProjectionTile(BLOCK_M=32, BLOCK_K=16, num_warps=8, num_stages=num_stages),
             256: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=num_stages),
-            512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=2),
+            448: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=2),
+            512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=widest_warps, num_stages=2),
         },
     )
 
@@ -193,14 +198,14 @@ _HOPPER_PROJECTION = _by_itemsize(
         256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
     },
-    _ampere_projection(num_stages=3)[4],
+    _ampere_projection(num_stages=3, widest_warps=8)[4],
 )
 _INTERPRETER_PROJECTION = {512: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=2)}
 PROJECTION_TILES = {
     INTERPRETER: _by_itemsize(_INTERPRETER_PROJECTION, _INTERPRETER_PROJECTION),
-    "sm_80": _ampere_projection(num_stages=4),
-    "sm_86": _ampere_projection(num_stages=3),
-    "sm_89": _ampere_projection(num_stages=3),
+    "sm_80": _ampere_projection(num_stages=4, widest_warps=8),
+    "sm_86": _ampere_projection(num_stages=3, widest_warps=4),
+    "sm_89": _ampere_projection(num_stages=3, widest_warps=4),
     "sm_90": _HOPPER_PROJECTION,
 }
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
