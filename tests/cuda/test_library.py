@@ -87,9 +87,20 @@ def test_a_broken_library_is_explained(monkeypatch, tmp_path):
         resolve_backend("cuda", CPU, torch.float32)
 
 
-@pytest.mark.parametrize("operation", ["shrink", "expand", "sign_gradient", "sign_matmul"])
+def accumulate_arguments():
+    grad_output, x, row_weight = CASES["sign_gradient"]()
+    return torch.zeros(grad_output.shape[1], x.shape[1]), grad_output, x, row_weight
+
+
+EVERY_OPERATOR = CASES | {
+    "pack_signs": lambda: (torch.randn(33, 70),),
+    "sign_accumulate": accumulate_arguments,
+}
+
+
+@pytest.mark.parametrize("operation", EVERY_OPERATOR)
 def test_opcheck(operation, simulator):
-    arguments = CASES[operation]()
+    arguments = EVERY_OPERATOR[operation]()
     with simulator.running(check_races=False, check_uninit=False):
         torch.library.opcheck(
             getattr(torch.ops.lorasb, f"{operation}_cuda").default,
