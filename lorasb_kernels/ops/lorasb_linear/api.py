@@ -7,14 +7,14 @@ import torch
 from lorasb_kernels.ops.backend import resolve_backend
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
-from lorasb_kernels.ops.lorasb_linear.checks import check_arguments
+from lorasb_kernels.ops.lorasb_linear.checks import check_arguments, check_backend
 
 
 def lorasb_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
-    lora_R: torch.Tensor,
+    lora_R: torch.Tensor | None,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None = None,
     scaling: float = 1.0,
@@ -22,18 +22,22 @@ def lorasb_linear(
     training: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Applies a frozen linear layer with a LoRA-SB adapter (arXiv:2411.19557).
+    """Applies a frozen linear layer with an adapter: LoRA-SB, LoRA-XS, LoRA and its kin.
 
-    Computes `x Wᵀ + s · drop(x) Aᵀ Rᵀ Bᵀ + bias`. Differentiable once, in `x` and
-    `lora_R`; everything else is frozen. Keeps `drop(x) Aᵀ` (M·r elements) for backward and
-    not `x`. Under autocast the operands are cast to its dtype, `lora_R` excepted.
+    Computes `x Wᵀ + s · drop(x) Aᵀ Rᵀ Bᵀ + bias`. Differentiable once, in `x` and in those of
+    `lora_A`, `lora_R` and `lora_B` that require grad; W and bias are frozen. LoRA-SB
+    (arXiv:2411.19557) trains R alone: then `drop(x) Aᵀ` (M·r elements) is kept for backward
+    and `x` is not. LoRA (arXiv:2106.09685) has no R and trains A and B: `x` is kept where A
+    trains, and M·r elements where B does. Gradients of the factors are accumulated in fp32 and
+    returned in the factor's dtype. Under autocast the operands are cast to its dtype, factors
+    in fp32 excepted.
 
     Args:
         x: [..., n], fp16, bf16 or fp32 (fp64 with the reference backend).
         weight: [m, n], frozen, dtype of `x`.
-        lora_A: [r, n], frozen, dtype of `x`.
-        lora_R: [r, r], trained, fp32 (fp64 with fp64 operands).
-        lora_B: [m, r], frozen, dtype of `x`.
+        lora_A: [r, n], dtype of `x`, or fp32 (a trained master), then used in the dtype of `x`.
+        lora_R: [r, r], fp32 (fp64 with fp64 operands); None for the identity.
+        lora_B: [m, r], as `lora_A`.
         bias: [m], frozen, or None.
         scaling: s, finite.
         dropout_p: probability, in [0, 1), that an element of the adapter's input is
@@ -47,9 +51,10 @@ def lorasb_linear(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, a rank outside 1 … 512, tensors on different
-            devices, a frozen argument that requires grad, a non-finite scaling, dropout
+            devices, a weight or bias that requires grad, a non-finite scaling, dropout
             outside [0, 1), an unknown backend.
-        RuntimeError: a named backend that cannot run here.
+        RuntimeError: a named backend that cannot run here; `"cuda"` with dropout before a
+            trained `lora_A`.
     """
     (y,) = lorasb_group(
         x,
@@ -70,7 +75,7 @@ def lorasb_group(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
     lora_As: Sequence[torch.Tensor],
-    lora_Rs: Sequence[torch.Tensor],
+    lora_Rs: Sequence[torch.Tensor | None],
     lora_Bs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     scaling: float = 1.0,
@@ -89,7 +94,8 @@ def lorasb_group(
         weights, lora_As, lora_Rs, lora_Bs, biases: the operands of each layer, as
             `lorasb_linear` takes them; one rank r with G·r ≤ 512, any numbers of outputs.
         scaling, dropout_p, training, backend: as in `lorasb_linear`, common to the layers.
-        stacked_A: `torch.cat(lora_As)`, [G·r, n], where the caller keeps it.
+        stacked_A: `torch.cat(lora_As)`, [G·r, n], where the caller keeps it; not used where
+            one of them is trained.
 
     Returns:
         One [..., mᵢ] tensor for each layer.
@@ -102,20 +108,26 @@ def lorasb_group(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
-        weights, lora_As, lora_Bs = (
-            [t.to(dtype) for t in ts] for ts in (weights, lora_As, lora_Bs)
-        )
+        weights = [weight.to(dtype) for weight in weights]
+        lora_As, lora_Bs = ([_under_autocast(f, dtype) for f in fs] for fs in (lora_As, lora_Bs))
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-        stacked_A = None if stacked_A is None else stacked_A.to(dtype)
+        stacked_A = None if stacked_A is None else _under_autocast(stacked_A, dtype)
     check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout_p)
     backend = resolve_backend(backend, x.device, x.dtype)
+    check_backend(backend, lora_As, dropout_p if training else 0.0)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     dropout_p = float(dropout_p) if training else 0.0
     seed = new_seed(x.device) if dropout_p > 0 else None
-    if stacked_A is None:
+    if stacked_A is None or any(lora_A.requires_grad for lora_A in lora_As):
         stacked_A = lora_As[0] if len(lora_As) == 1 else torch.cat(tuple(lora_As))
+    core_dtype = torch.promote_types(x.dtype, torch.float32)
+    identity = {"dtype": core_dtype, "device": x.device}
+    cores = [
+        torch.eye(lora_A.shape[0], **identity) if lora_R is None else lora_R
+        for lora_A, lora_R in zip(lora_As, lora_Rs, strict=True)
+    ]
     ys = LoRASBFunction.apply(
         rows,
         stacked_A,
@@ -123,12 +135,17 @@ def lorasb_group(
         dropout_p,
         seed,
         backend,
-        *lora_Rs,
+        *cores,
         *weights,
         *lora_Bs,
         *biases,
     )
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _under_autocast(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The factor in `dtype`; in fp32 it is left to the operation, where its gradient is fp32."""
+    return factor if factor.dtype == torch.float32 else factor.to(dtype)
 
 
 __all__ = ["lorasb_group", "lorasb_linear"]

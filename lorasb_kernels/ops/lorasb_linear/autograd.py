@@ -1,4 +1,4 @@
-"""Adapted linear layers on one input, and their gradients, composed of three operations.
+"""Adapted linear layers on one input, and their gradients, composed of four operations.
 
 For layers i = 1 … G of equal rank, with Ā = [A₁; …; A_G] stacked and R̄ = diag(R₁, …, R_G):
 
@@ -6,15 +6,27 @@ For layers i = 1 … G of equal rank, with Ā = [A₁; …; A_G] stacked and R̄
                yᵢ      = expand(x, Wᵢ, pᵢ, Bᵢ, biasᵢ)
     backward   qᵢ, dRᵢ = core_backward(dyᵢ, hᵢ, Bᵢ, Rᵢ)
                dx      = expand(dy₁, W₁ᵀ, q̄, Āᵀ), then dx += dyᵢ Wᵢ in place
+               dĀ      = factor_gradient(q̄, x)             one pass over x instead of G
+               dBᵢᵀ    = factor_gradient(pᵢ, dyᵢ)
 
-Only h̄ (M·G·r elements) is kept for backward; no gradient needs x. The input gradients of the
-layers meet in one accumulation chain: nothing of the size of x is written to be added later.
+The frozen factors have no gradients, and what only those need is neither computed nor kept:
+h̄ is saved where an R trains, p̄ where a B trains (M·G·r elements each), x (M·n) where an A
+trains. Without an R to train, q comes from the first half of core_backward, which is a shrink:
+q = s · (dy B) R. The input gradients of the layers meet in one accumulation chain: nothing of
+the size of x is written to be added later.
+
+A and B may be fp32 while x has 16 bits: they are rounded to the dtype of x here, inside, so
+that their gradients leave in fp32, as they were accumulated. Rounding is repeated in backward
+rather than kept: it reads r·(m + n) elements beside the M·(m + n) of the gradients.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from lorasb_kernels.ops.core_backward import core_backward
 from lorasb_kernels.ops.expand import expand
+from lorasb_kernels.ops.factor_gradient import factor_gradient
 from lorasb_kernels.ops.shrink import shrink
 
 
@@ -29,43 +41,76 @@ class LoRASBFunction(torch.autograd.Function):
         count = len(operands) // 4
         cores, weights, lora_Bs, biases = _runs(operands, count, 4)
         core = cores[0] if count == 1 else torch.block_diag(*cores)
-        h, p = shrink(x, stacked_A, core, scaling, dropout_p, seed, backend)
+        h, p = shrink(x, stacked_A.to(x.dtype), core, scaling, dropout_p, seed, backend)
         ys = tuple(
-            expand(x, weight, p_i, lora_B, bias, 0.0, None, backend)
+            expand(x, weight, p_i, lora_B.to(x.dtype), bias, 0.0, None, backend)
             for weight, p_i, lora_B, bias in zip(
                 weights, p.split(cores[0].shape[0], dim=1), lora_Bs, biases, strict=True
             )
         )
-        ctx.save_for_backward(h, stacked_A, seed, *cores, *weights, *lora_Bs)
+        trained = _trained(ctx.needs_input_grad, count)
+        ctx.save_for_backward(
+            x if trained.A else None,
+            h if any(trained.Rs) else None,
+            p if any(trained.Bs) else None,
+            stacked_A,
+            seed,
+            *cores,
+            *weights,
+            *lora_Bs,
+        )
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.count = scaling, dropout_p, backend, count
         return ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        h, stacked_A, seed, *operands = ctx.saved_tensors
+        x, h, p, stacked_A, seed, *operands = ctx.saved_tensors
         cores, weights, lora_Bs = _runs(operands, ctx.count, 3)
+        trained = _trained(ctx.needs_input_grad, ctx.count)
         dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
-        qs, dRs = [], []
-        for dy, h_i, lora_B, core in zip(
-            dys, h.split(cores[0].shape[0], dim=1), lora_Bs, cores, strict=True
-        ):
-            q, dR = core_backward(dy, h_i.contiguous(), lora_B, core, ctx.scaling, ctx.backend)
+        r = cores[0].shape[0]
+        qs, dRs, dBs = [], [], []
+        for i, (dy, lora_B, core) in enumerate(zip(dys, lora_Bs, cores, strict=True)):
+            ranks = slice(i * r, (i + 1) * r)
+            lora_B = lora_B.to(dy.dtype)
+            q = dR = dB = None
+            if trained.Rs[i]:
+                h_i = h[:, ranks].contiguous()
+                q, dR = core_backward(dy, h_i, lora_B, core, ctx.scaling, ctx.backend)
+            elif trained.x or trained.A:
+                _, q = shrink(dy, lora_B.T, core.T, ctx.scaling, 0.0, None, ctx.backend)
+            if trained.Bs[i]:
+                dB = factor_gradient(p[:, ranks], dy, 0.0, None, ctx.backend).T
             qs.append(q)
             dRs.append(dR)
-        dx = None
-        if ctx.needs_input_grad[0]:
+            dBs.append(dB)
+        dA = dx = None
+        if trained.x or trained.A:
             q = qs[0] if ctx.count == 1 else torch.cat(qs, dim=1)
-            dx = expand(
-                dys[0], weights[0].T, q, stacked_A.T, None, ctx.dropout_p, seed, ctx.backend
-            )
+        if trained.A:
+            dA = factor_gradient(q, x, ctx.dropout_p, seed, ctx.backend)
+        if trained.x:
+            factor = stacked_A.to(q.dtype).T
+            dx = expand(dys[0], weights[0].T, q, factor, None, ctx.dropout_p, seed, ctx.backend)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
-        first_core = 6
-        for i in range(ctx.count):
-            if not ctx.needs_input_grad[first_core + i]:
-                dRs[i] = None
-        return (dx, *[None] * (first_core - 1), *dRs, *[None] * (3 * ctx.count))
+        nothing = [None] * ctx.count
+        return (dx, dA, None, None, None, None, *dRs, *nothing, *dBs, *nothing)
+
+
+class _Trained(NamedTuple):
+    """Which inputs of `LoRASBFunction` want a gradient."""
+
+    x: bool
+    A: bool
+    Rs: tuple[bool, ...]
+    Bs: tuple[bool, ...]
+
+
+def _trained(needs_input_grad: tuple[bool, ...], count: int) -> _Trained:
+    Rs, _, Bs, _ = _runs(needs_input_grad[6:], count, 4)
+    return _Trained(needs_input_grad[0], needs_input_grad[1], Rs, Bs)
 
 
 def _runs(operands, count: int, parts: int):

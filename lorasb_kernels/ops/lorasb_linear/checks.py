@@ -17,12 +17,12 @@ def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, drop
             raise ValueError(f"{name} has {len(values)} items; expected {len(weights)}")
     for weight, lora_A, lora_R, lora_B, bias in zip(weights, *lists.values(), strict=True):
         _check_layer(x, weight, lora_A, lora_R, lora_B, bias)
-    ranks = {lora_R.shape[0] for lora_R in lora_Rs}
+    ranks = {lora_A.shape[0] for lora_A in lora_As}
     if len(ranks) > 1:
-        raise ValueError(f"lora_Rs have ranks {sorted(ranks)}; expected one rank")
+        raise ValueError(f"lora_As have ranks {sorted(ranks)}; expected one rank")
     if len(weights) * max(ranks) > MAX_RANK:
         raise ValueError(
-            f"lora_Rs has {len(weights)} layers of rank {max(ranks)}; "
+            f"lora_As has {len(weights)} layers of rank {max(ranks)}; "
             f"expected at most {MAX_RANK} ranks in all"
         )
     for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
@@ -35,9 +35,9 @@ def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, drop
 
 
 def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_R": lora_R, "lora_B": lora_B}
-    if bias is not None:
-        tensors["bias"] = bias
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    tensors |= {} if lora_R is None else {"lora_R": lora_R}
+    tensors |= {} if bias is None else {"bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
@@ -46,24 +46,28 @@ def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
-        if tensor.requires_grad and name not in ("x", "lora_R"):
+        if tensor.requires_grad and name in ("weight", "bias"):
             raise ValueError(
-                f"{name} requires grad; expected it frozen: only x and lora_R have gradients here"
+                f"{name} requires grad; expected it frozen: only x and the adapter's factors "
+                "have gradients here"
             )
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor]) -> None:
-    x, weight, lora_R = tensors["x"], tensors["weight"], tensors["lora_R"]
+    x, weight, lora_A = tensors["x"], tensors["weight"], tensors["lora_A"]
+    lora_R = tensors.get("lora_R")
     if x.dim() < 1:
         raise ValueError("x has shape (); expected [..., n]")
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [m, n]")
-    if lora_R.dim() != 2 or lora_R.shape[0] != lora_R.shape[1]:
+    if lora_R is not None and (lora_R.dim() != 2 or lora_R.shape[0] != lora_R.shape[1]):
         raise ValueError(f"lora_R has shape {tuple(lora_R.shape)}; expected [r, r]")
+    if lora_A.dim() != 2:
+        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; expected [r, n]")
     m, n = weight.shape
-    r = lora_R.shape[0]
+    name, r = ("lora_A", lora_A.shape[0]) if lora_R is None else ("lora_R", lora_R.shape[0])
     if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"lora_R has rank {r}; expected 1 <= r <= {MAX_RANK}")
+        raise ValueError(f"{name} has rank {r}; expected 1 <= r <= {MAX_RANK}")
     if x.shape[-1] != n:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; expected a last dimension of {n}, "
@@ -79,13 +83,22 @@ def _check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
     dtype = tensors["x"].dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x has dtype {dtype}; expected float16, bfloat16, float32 or float64")
+    master = torch.promote_types(dtype, torch.float32)
+    accepted = {"lora_R": (master,), "lora_A": (dtype, master), "lora_B": (dtype, master)}
     for name, tensor in tensors.items():
-        if name == "lora_R":
-            expected = torch.float64 if dtype == torch.float64 else torch.float32
-        else:
-            expected = dtype
-        if tensor.dtype != expected:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}")
+        expected = dict.fromkeys(accepted.get(name, (dtype,)))
+        if tensor.dtype not in expected:
+            names = " or ".join(map(str, expected))
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {names}")
 
 
-__all__ = ["MAX_RANK", "check_arguments"]
+def check_backend(backend: str, lora_As, dropout_p: float) -> None:
+    """Raises RuntimeError where `backend`, which is to run, lacks the gradient of a factor."""
+    if backend == "cuda" and dropout_p > 0 and any(lora_A.requires_grad for lora_A in lora_As):
+        raise RuntimeError(
+            "backend='cuda' cannot run: its kernel for the gradient of lora_A has no dropout; "
+            "expected lora_A frozen, dropout_p = 0 or another backend"
+        )
+
+
+__all__ = ["MAX_RANK", "check_arguments", "check_backend"]

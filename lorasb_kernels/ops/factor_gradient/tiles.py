@@ -1,0 +1,76 @@
+"""Tile sizes of the factor-gradient kernel by rank, and the reasons for them.
+
+Not measured: reasoned as in `ops/tiles.py`, and checked by ahead-of-time compilation (no spill).
+
+The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers a thread; BLOCK_N falls
+as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at rank 64
+in 16 bits, 40 KB at 256, and two of them fit sm_86's 99 KB. It is 64 rows as far as rank 256, so
+that every thread copies 16 bytes of each tile of `left`. The same tiles serve every
+architecture: the kernel waits for memory below a rank of about 100, and the bytes that two
+blocks a multiprocessor keep in flight cover the latency. A dropout mask costs about 60 registers
+of 64-bit arithmetic: half the columns there.
+"""
+
+import dataclasses
+
+import torch
+
+from lorasb_kernels.ops.tiles import INTERPRETER, Tile, rank_tiles
+
+# A partial sum is written and read, 8·r bytes a column; a block reads 2 bytes a row and column in
+# 16 bits. With 16 rows a rank the first is a quarter of the second.
+LEAST_ROWS_A_RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorTile(Tile):
+    """A block makes BLOCK_N columns for every rank and reads BLOCK_M rows a step."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+
+
+# By padded rank, at most; first without a dropout mask, then with one.
+_INTERPRETER = FactorTile(4, 2, BLOCK_M=16, BLOCK_N=32)
+_HALF = {
+    64: (FactorTile(4, 3, 64, 128), FactorTile(4, 3, 64, 64)),
+    128: (FactorTile(8, 3, 64, 128), FactorTile(8, 3, 64, 64)),
+    256: (FactorTile(8, 3, 64, 64), FactorTile(8, 3, 64, 32)),
+    512: (FactorTile(8, 2, 32, 32), FactorTile(8, 2, 32, 32)),
+}
+_SINGLE = {
+    64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
+    128: (FactorTile(8, 3, 32, 64), FactorTile(8, 3, 32, 32)),
+    256: (FactorTile(8, 2, 16, 64), FactorTile(8, 2, 16, 32)),
+    512: (FactorTile(8, 2, 16, 32), FactorTile(8, 2, 16, 16)),
+}
+
+
+def factor_tile(arch: str, dtype: torch.dtype, r: int, dropout: bool) -> FactorTile:
+    """The tile for a rank."""
+    if arch == INTERPRETER:
+        return _INTERPRETER
+    width, tiles = rank_tiles(r)
+    for largest, pair in (_SINGLE if dtype.itemsize == 4 else _HALF).items():
+        if width * tiles <= largest:
+            return pair[dropout]
+    raise ValueError(f"r is {r}; expected at most {largest}")
+
+
+def factor_splits(
+    column_tiles: int, M: int, r: int, tile: FactorTile, multiprocessors: int
+) -> tuple[int, int]:
+    """How many blocks share a tile of the columns, and how many rows each takes.
+
+    As many as give every multiprocessor two blocks, of at least four steps each, and of so
+    many rows that the partial sums stay small beside them. Depends on the shape and the
+    device alone.
+    """
+    steps = -(-M // tile.BLOCK_M)
+    least = max(4, -(-LEAST_ROWS_A_RANK * r // tile.BLOCK_M))
+    splits = max(1, min(2 * multiprocessors // column_tiles, steps // least))
+    steps_per_split = -(-steps // splits)
+    return -(-steps // steps_per_split), steps_per_split * tile.BLOCK_M
+
+
+__all__ = ["FactorTile", "factor_splits", "factor_tile"]
