@@ -123,7 +123,7 @@ def _triton_steps(M, m, n, r, dtype, dropout, arch, sms) -> tuple[Step, ...]:
 
     def product(operation: str, N: int, K: int, transposed: bool, masked: bool) -> Step:
         route = plan_route(arch, dtype, M, N, K, r, transposed, masked)
-        ours = route.name == "fused" or masked
+        ours = route.name != "two_call" or masked
         return Step(operation, route.name, route.tile if ours else None, route.reason)
 
     return (

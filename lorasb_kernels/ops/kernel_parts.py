@@ -6,6 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+# Row tiles that use a column tile of the other operand while L2 holds it.
+GROUP_M = 8
+
+
+@triton.jit
+def grouped_tile(row_tiles, column_tiles, GROUP_M: tl.constexpr):
+    """The program's row tile and column tile: down GROUP_M row tiles, then the next column."""
+    program = tl.program_id(0)
+    group = program // (GROUP_M * column_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * column_tiles)
+    return group * GROUP_M + within % group_rows, within // group_rows
+
 
 @triton.jit
 def keep_mask(seed, rows, columns, row_length, threshold):
@@ -44,4 +57,4 @@ def launch_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-__all__ = ["arrives_last", "keep_mask", "launch_guard"]
+__all__ = ["GROUP_M", "arrives_last", "grouped_tile", "keep_mask", "launch_guard"]

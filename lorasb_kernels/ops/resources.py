@@ -27,13 +27,12 @@ from triton.compiler import ASTSource
 
 from lorasb_kernels.files import write_text
 from lorasb_kernels.ops.core_backward.triton import gradient_kernel
-from lorasb_kernels.ops.expand.triton import BLOCK_R, GROUP_M, expand_kernel
+from lorasb_kernels.ops.expand_resources import EXPAND_KERNELS
 from lorasb_kernels.ops.projection import projection_kernel
 from lorasb_kernels.ops.sign_resources import SIGN_KERNELS
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     Tile,
-    expand_tile,
     gradient_tile,
     projection_tile,
     rank_tiles,
@@ -41,7 +40,7 @@ from lorasb_kernels.ops.tiles import (
 
 DTYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+_ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,11 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel as it would be launched: its arguments (a pointer by its type) and options."""
+    """One kernel as it would be launched: its arguments and options.
+
+    A pointer is named by its type (`"*"` for one to `dtype`), a tensor descriptor by its block
+    [rows, columns] as a tuple.
+    """
 
     kernel: str
     case: str
@@ -93,6 +96,7 @@ class Report:
     tensor_core: str
     copies_of_16_bytes: int
     narrower_copies: int
+    tensor_map_copies: int
 
 
 def variants(arch: str, dtype: str, kernel: str) -> Iterator[Variant]:
@@ -140,35 +144,11 @@ def _gradients(arch: str, dtype: torch.dtype):
         yield f"width={width}", tile, arguments, {"SPLIT": True, "BLOCK_R": width}
 
 
-def _expands(arch: str, dtype: torch.dtype):
-    for case, frozen_product, transposed, dropout in (
-        ("forward", True, False, False),
-        ("dx", True, True, False),
-        ("dx, dropout", True, True, True),
-        ("second call, dropout", False, True, True),
-    ):
-        arguments = {
-            **dict.fromkeys(("x_ptr", "weight_ptr"), "*" if frozen_product else None),
-            **dict.fromkeys(("p_ptr", "factor_ptr", "y_ptr"), "*"),
-            "bias_ptr": None if transposed else "*",
-            "seed_ptr": "*i64" if dropout else None,
-            **{"M": 8191, "N": 4096, "K": 4096, "r": 96, "stride_xm": 4096, "stride_xk": 1},
-            **{"stride_wn": 1 if transposed else 4096, "stride_wk": 4096 if transposed else 1},
-            **{"stride_fn": 1 if transposed else 96, "stride_fr": 4096 if transposed else 1},
-            **{"keep_scale": 1.5, "threshold": 2**31 + 1},
-        }
-        constants = {
-            **{"FROZEN_PRODUCT": frozen_product, "BIAS": not transposed, "DROPOUT": dropout},
-            **{"BLOCK_R": BLOCK_R, "GROUP_M": GROUP_M},
-        }
-        yield case, expand_tile(arch, dtype, dropout), arguments, constants
-
-
 # Each kernel and what makes its cases for an architecture and a dtype.
 KERNELS = {
     "projection": (projection_kernel, _projections),
     "gradient": (gradient_kernel, _gradients),
-    "expand": (expand_kernel, _expands),
+    **EXPAND_KERNELS,
     **SIGN_KERNELS,
 }
 
@@ -176,8 +156,13 @@ KERNELS = {
 def compile_variant(variant: Variant):
     """Triton's compiled kernel for a variant."""
     function, _ = KERNELS[variant.kernel]
-    pointer = _POINTERS[variant.dtype]
-    arguments = {k: pointer if v == "*" else v for k, v in variant.arguments.items()}
+    element = _ELEMENTS[variant.dtype]
+    arguments = dict(variant.arguments)
+    for name, value in arguments.items():
+        if value == "*":
+            arguments[name] = f"*{element}"
+        elif isinstance(value, tuple):
+            arguments[name] = f"tensordesc<{element}[{value[0]},{value[1]}]>"
     constants = {**variant.constants, **variant.tile.launch_options()}
     return compile_kernel(function, arguments, constants, variant.arch)
 
@@ -187,8 +172,9 @@ def compile_kernel(function, arguments: dict[str, object], constants: dict[str, 
 
     Args:
         function: the jitted function.
-        arguments: runtime arguments by name: numbers, None, or `"*bf16"` and the like for a
-            pointer divisible by 16. None and 1 become constants, as Triton's launcher does.
+        arguments: runtime arguments by name: numbers, None, `"*bf16"` and the like for a
+            pointer divisible by 16, or `"tensordesc<bf16[128,64]>"` for a descriptor. None and
+            1 become constants, as Triton's launcher does.
         constants: constexpr arguments, `num_warps` and `num_stages`.
         arch: `"sm_86"` and so on.
     """
@@ -208,7 +194,8 @@ def compile_kernel(function, arguments: dict[str, object], constants: dict[str, 
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+        pointer = isinstance(value, str) and value.startswith("*")
+        if pointer or (isinstance(value, int) and value % 16 == 0):
             divisible[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     source = ASTSource(function, signature, constants, divisible)
@@ -241,6 +228,7 @@ def report(variant: Variant) -> Report:
         tensor_core="wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
         copies_of_16_bytes=widths.pop(16, 0),
         narrower_copies=sum(widths.values()),
+        tensor_map_copies=ptx.count("cp.async.bulk.tensor.2d.shared"),
     )
 
 

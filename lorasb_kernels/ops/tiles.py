@@ -27,6 +27,10 @@ sm_80 has room for a third. sm_90 reads operands of wgmma from shared memory, so
 registers go to a 128×256 tile: 192 KB in four stages.
 A dropout mask costs about 60 registers of 64-bit arithmetic while the second term is masked:
 64-row tiles there.
+
+Expand by tensor maps (sm_90 alone). No addresses and masks in registers: 90 for 128×128 with 8
+warps, so that two blocks of three stages (96 KB each) share a multiprocessor; 162 for 128×256,
+which reads a third less shared memory for a flop and fills it in four stages of 48 KB.
 """
 
 import dataclasses
@@ -122,6 +126,13 @@ def expand_tile(arch: str, dtype: torch.dtype, dropout: bool) -> ExpandTile:
     """The tile of the expand kernel where none has been measured."""
     tiles = MASKED_EXPAND_TILES if dropout else EXPAND_TILES
     return tiles[arch][dtype.itemsize]
+
+
+def descriptor_candidates(arch: str, dtype: torch.dtype, dropout: bool) -> tuple[ExpandTile, ...]:
+    """The tiles to measure for `expand` by tensor maps; none where the device has no TMA."""
+    if arch != "sm_90":
+        return ()
+    return (MASKED_DESCRIPTOR_CANDIDATES if dropout else DESCRIPTOR_CANDIDATES)[dtype.itemsize]
 
 
 def column_splits(
@@ -255,6 +266,19 @@ EXPAND_CANDIDATES = _by_itemsize(
         ExpandTile(4, 4, 64, 64, 16),
     ),
 )
+DESCRIPTOR_CANDIDATES = _by_itemsize(
+    (
+        ExpandTile(8, 4, 128, 256, 64),
+        ExpandTile(8, 4, 256, 128, 64),
+        ExpandTile(8, 3, 128, 128, 64),
+        ExpandTile(8, 3, 128, 128, 128),
+    ),
+    (ExpandTile(8, 3, 128, 128, 32), ExpandTile(8, 3, 128, 64, 32)),
+)
+MASKED_DESCRIPTOR_CANDIDATES = _by_itemsize(
+    (ExpandTile(8, 4, 64, 128, 64), ExpandTile(8, 3, 64, 128, 64)),
+    (ExpandTile(8, 3, 64, 128, 32), ExpandTile(8, 3, 128, 64, 32)),
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -266,6 +290,7 @@ __all__ = [
     "ProjectionTile",
     "architecture",
     "column_splits",
+    "descriptor_candidates",
     "expand_tile",
     "gradient_tile",
     "multiprocessors",

@@ -1,9 +1,9 @@
-"""Measures both routes of `expand` on this GPU and keeps the result; opt-in.
+"""Measures the routes of `expand` on this GPU and keeps the results; opt-in.
 
 Each route is timed with CUDA events, the L2 cache flushed before each run, medians taken
-(`triton.testing.do_bench`). The fused route is timed with every candidate tile that the
-device has room for. The file written can be named by `LORASB_TUNING`, or shipped as
-`lorasb_kernels/ops/tuned/<arch>.json`.
+(`triton.testing.do_bench`). The fused routes are timed with every candidate tile that the
+device has room for; a route keeps its fastest. The file written can be named by
+`LORASB_TUNING`, or shipped as `lorasb_kernels/ops/tuned/<arch>.json`.
 """
 
 import dataclasses
@@ -17,9 +17,21 @@ import triton
 
 from lorasb_kernels.files import write_text
 from lorasb_kernels.ops.dropout import new_seed
-from lorasb_kernels.ops.expand.route import FORMAT, forget_tuning, load_tuning, shape_key
-from lorasb_kernels.ops.expand.triton import fused_expand, two_call_expand
-from lorasb_kernels.ops.tiles import EXPAND_CANDIDATES, architecture, expand_tile
+from lorasb_kernels.ops.expand.route import (
+    FORMAT,
+    describable,
+    forget_tuning,
+    read_tuning,
+    shape_key,
+)
+from lorasb_kernels.ops.expand.triton import RUN
+from lorasb_kernels.ops.tiles import (
+    EXPAND_CANDIDATES,
+    ExpandTile,
+    architecture,
+    descriptor_candidates,
+    expand_tile,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,7 @@ def tune(
 
     Args:
         layers: the shapes to measure.
-        path: JSON file, written beside its place and renamed.
+        path: JSON file, written beside its place and renamed after each layer.
         dtype: of activations and weights.
         device: a CUDA device.
         progress: called with a line for each measurement.
@@ -64,17 +76,9 @@ def tune(
     if device.type != "cuda":
         raise RuntimeError(f"device is {device}; expected a CUDA device: nothing else is timed")
     path, arch = Path(path), architecture(device)
-    entries = dict(load_tuning(path, arch)) if path.exists() else {}
-    if path.exists() and not entries:
-        raise ValueError(f"path is {str(path)!r}, of another architecture; expected {arch}")
-    measured = {}
-    with torch.cuda.device(device):
-        for layer in layers:
-            for transposed in (False, True):
-                key, entry = measure(layer, transposed, dtype, device)
-                measured[key] = entry
-                if progress is not None:
-                    progress(f"{key}: {entry['route']}, {entry['microseconds']}")
+    measured_on, entries = read_tuning(path) if path.exists() else (arch, {})
+    if measured_on != arch:
+        raise ValueError(f"path is {str(path)!r}, measured on {measured_on}; expected {arch}")
     content = {
         "format": FORMAT,
         "arch": arch,
@@ -84,9 +88,20 @@ def tune(
             "triton": triton.__version__,
             "date": datetime.date.today().isoformat(),
         },
-        "expand": {**entries, **measured},
+        "expand": dict(entries),
     }
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    measured = {}
+    with torch.cuda.device(device):
+        for layer in layers:
+            for transposed in (False, True):
+                key, entry = measure(layer, transposed, dtype, device)
+                measured[key] = entry
+                if progress is not None:
+                    times = {name: route["microseconds"] for name, route in entry.items()}
+                    progress(f"{key}: {min(times, key=times.get)}, microseconds {times}")
+            # After each layer: what has been measured outlives a run that is cut short.
+            content["expand"].update(measured)
+            write_text(path, json.dumps(content, indent=1) + "\n")
     forget_tuning()
     return measured
 
@@ -94,7 +109,7 @@ def tune(
 def measure(
     layer: LayerShape, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, dict]:
-    """Times both routes for one product; returns its shape key and its entry.
+    """Times every route for one product; returns its shape key, and by route time and tile.
 
     Args:
         layer: the shape.
@@ -115,21 +130,34 @@ def measure(
     seed = new_seed(device) if dropout_p > 0 else None
     arguments = (x, weight, p, factor, None, dropout_p, seed)
 
-    shipped = expand_tile(architecture(device), dtype, dropout_p > 0)
-    two_call = _microseconds(lambda: two_call_expand(*arguments, shipped))
-    fused = {}
-    for tile in dict.fromkeys((shipped, *EXPAND_CANDIDATES[dtype.itemsize])):
+    arch, dropout = architecture(device), dropout_p > 0
+    shipped = expand_tile(arch, dtype, dropout)
+    described = describable(x, weight, p, factor) and N * dtype.itemsize % 16 == 0
+    candidates = {
+        "two_call": (shipped,),
+        "fused": dict.fromkeys((shipped, *EXPAND_CANDIDATES[dtype.itemsize])),
+        "fused_descriptor": descriptor_candidates(arch, dtype, dropout) if described else (),
+    }
+    entry = {}
+    for name, tiles in candidates.items():
+        times = _times(lambda tile, run=RUN[name]: run(*arguments, tile), tiles)
+        if times:
+            best = min(times, key=times.get)
+            entry[name] = {"microseconds": times[best], "tile": dataclasses.asdict(best)}
+    return shape_key(dtype, M, N, K, r, transposed, dropout), entry
+
+
+def _times(
+    run: Callable[[ExpandTile], torch.Tensor], tiles: Iterable[ExpandTile]
+) -> dict[ExpandTile, float]:
+    """Microseconds by tile; a tile that the device has no room for is left out."""
+    times = {}
+    for tile in tiles:
         try:
-            fused[tile] = _microseconds(lambda tile=tile: fused_expand(*arguments, tile))
+            times[tile] = round(_microseconds(lambda tile=tile: run(tile)), 2)
         except triton.runtime.errors.OutOfResources:
             continue
-    best = min(fused, key=fused.get)
-    entry = {
-        "route": "fused" if fused[best] < two_call else "two_call",
-        "tile": dataclasses.asdict(best if fused[best] < two_call else shipped),
-        "microseconds": {"fused": round(fused[best], 2), "two_call": round(two_call, 2)},
-    }
-    return shape_key(dtype, M, N, K, r, transposed, dropout_p > 0), entry
+    return times
 
 
 def _microseconds(function: Callable[[], torch.Tensor]) -> float:

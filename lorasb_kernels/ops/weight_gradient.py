@@ -14,12 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.sign_tiles import weight_gradient_tile
 from lorasb_kernels.ops.tiles import architecture
-
-# Tiles of rows that use a tile of the columns of x while it is in L2.
-GROUP_M = 8
 
 
 @triton.jit
@@ -40,15 +38,7 @@ def gradient_tile(
     PRECISION: tl.constexpr,
 ):
     """Returns the program's tile of the gradient, its rows [BLOCK_M] and its column tile."""
-    row_tiles = tl.cdiv(m, BLOCK_M)
-    column_tiles = tl.cdiv(n, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP_M * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * column_tiles)
-    row_tile = group * GROUP_M + within % group_rows
-    column_tile = within // group_rows
-
+    row_tile, column_tile = grouped_tile(tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     token = tl.arange(0, BLOCK_K)

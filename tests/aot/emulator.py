@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorasb_kernels.ops import projection, weight_gradient
 from lorasb_kernels.ops.core_backward import triton as core_backward
+from lorasb_kernels.ops.expand import descriptor as expand_descriptor
 from lorasb_kernels.ops.expand import triton as expand
 from lorasb_kernels.ops.pack_signs import triton as pack_signs
 from lorasb_kernels.ops.sign_accumulate import triton as sign_accumulate
@@ -53,20 +55,34 @@ class EmulatedKernel:
             from lorasb_kernels.ops.resources import compile_kernel
 
             values = dict(zip(self.arg_names, arguments, strict=False))
-            types = {
-                name: _TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
-            }
+            types = {name: _type_of(value) for name, value in values.items()}
             compiled = compile_kernel(self.function, types, constants, ARCH)
-            runtime = [n for n in values if values[n] is not None and not _is_one(values[n])]
-            kernel = TritonKernel(compiled, runtime, {})
-            self.log.append(kernel(grid, *(values[n] for n in runtime), **self.options))
+            runtime = [part for value in values.values() for part in _runtime_parts(value)]
+            kernel = TritonKernel(compiled, [None] * len(runtime), {})
+            self.log.append(kernel(grid, *runtime, **self.options))
 
         return launch
 
 
-def _is_one(value) -> bool:
-    return not isinstance(value, torch.Tensor) and value == 1
+def _type_of(value):
+    if isinstance(value, TensorDescriptor):
+        rows, columns = value.block_shape
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}[{rows},{columns}]>"
+    return _TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
+
+
+def _runtime_parts(value) -> list:
+    """What a launch passes for an argument: nothing for a constant.
+
+    Below sm_90 Triton turns a descriptor into pointers: base, shape, strides, how to pad.
+    """
+    if isinstance(value, TensorDescriptor):
+        from triton.backends.driver import decompose_descriptor  # Triton 3.8 has it here
+
+        return decompose_descriptor(value)
+    if value is None or (not isinstance(value, torch.Tensor) and value == 1):
+        return []
+    return [value]
 
 
 @contextlib.contextmanager
@@ -83,6 +99,7 @@ def emulated(multiprocessors: int = 8, **options):
         projection: "projection_kernel",
         core_backward: "gradient_kernel",
         expand: "expand_kernel",
+        expand_descriptor: "expand_descriptor_kernel",
         pack_signs: "pack_signs_kernel",
         sign_accumulate: "sign_accumulate_kernel",
         sign_gradient: "sign_gradient_kernel",

@@ -8,9 +8,11 @@ import torch
 
 from lorasb_kernels.ops.core_backward.triton import core_backward, rank_gradient
 from lorasb_kernels.ops.dropout import keep_mask
+from lorasb_kernels.ops.expand.descriptor import descriptor_expand
 from lorasb_kernels.ops.expand.triton import fused_expand, two_call_expand
 from lorasb_kernels.ops.shrink.triton import shrink
 from lorasb_kernels.ops.tiles import (
+    ExpandTile,
     expand_tile,
     gradient_tile,
     projection_tile,
@@ -153,6 +155,19 @@ def check_expand():
             compare("expand", two_call_expand(*arguments, tile), *arguments)
         with emulated(schedule_seed=1, cp_async="early"):
             assert same_bits(y, fused_expand(*arguments, tile))
+
+
+def check_expand_descriptor():
+    """The kernel of sm_90, whose descriptors Triton turns into pointers for sm_86."""
+    tile = ExpandTile(num_warps=8, num_stages=3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64)
+    for M, N, K, r, transposed, dropout_p in (
+        (75, 136, 200, 40, False, 0.0),
+        (70, 136, 72, 24, True, 0.3),
+    ):
+        arguments = expand_arguments(M, N, K, r, transposed, dropout_p)
+        with emulated() as log:
+            compare("expand", descriptor_expand(*arguments, tile), *arguments)
+        assert write_bytes(log) == 2 * M * N
 
 
 def check_bytes():

@@ -17,6 +17,7 @@ CHECKS = [
     "shrink_strides",
     "core_backward",
     "expand",
+    "expand_descriptor",
     "bytes",
 ]
 

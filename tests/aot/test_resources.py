@@ -45,6 +45,11 @@ def assert_fits(report: dict) -> None:
     assert 0 < report["shared"] <= LIMIT[report["arch"]], report
     assert report["blocks_per_sm"] >= 1, report
     assert report["tensor_core"], report
+    if report["kernel"] == "expand_descriptor":
+        assert report["tensor_core"] == "wgmma", report
+        assert report["tensor_map_copies"] > 0, report
+        assert report["copies_of_16_bytes"] + report["narrower_copies"] == 0, report
+        return
     assert report["copies_of_16_bytes"] > 0, report
     # Past rank 256 a step of x is 2 KB, 8 bytes a thread; the wide operand is A.
     if rank_of(report) <= 256:
@@ -80,9 +85,22 @@ def test_one_of_each_kernel_elsewhere(arch):
             assert report["tensor_core"] == "wgmma", report
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cases", "count"), [("bfloat16", ".*", 10), ("float16", "dx, dropout", 2)]
+)
+def test_tensor_maps_on_sm_90(dtype, cases, count):
+    kernel = ("--kernel", "expand_descriptor", "--case", cases)
+    found = reports("--arch", "sm_90", "--dtype", dtype, *kernel)
+    assert len(found) == count, "every tile that is measured, in every case"
+    for report in found:
+        assert_fits(report)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_tile_and_dtype(arch, dtype):
-    for report in reports("--arch", arch, "--dtype", dtype, "--kernel", *KERNELS):
+    for report in reports(
+        "--arch", arch, "--dtype", dtype, "--kernel", *KERNELS, "expand_descriptor"
+    ):
         assert_fits(report)

@@ -35,8 +35,11 @@ TILE = {"num_warps": 4, "num_stages": 3, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K"
 
 
 def tuning(**changes) -> dict:
-    entry = {"route": "fused", "tile": TILE, "microseconds": {"fused": 1.0, "two_call": 2.0}}
-    return {"format": 1, "arch": "sm_86", "expand": {KEY: entry}, **changes}
+    entry = {
+        "two_call": {"microseconds": 2.0, "tile": TILE},
+        "fused": {"microseconds": 1.0, "tile": TILE},
+    }
+    return {"format": 2, "arch": "sm_86", "expand": {KEY: entry}, **changes}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +92,7 @@ def test_a_measured_shape_takes_the_faster_route(file):
     chosen = route.plan_route(**SHAPE)
     assert chosen.name == "fused"
     assert chosen.tile == ExpandTile(**TILE)
-    assert chosen.reason == "measured (tuning.json): fused 1.0 µs, two_call 2.0 µs"
+    assert chosen.reason == "measured (tuning.json): two_call 2.0 µs, fused 1.0 µs"
     assert route.plan_route(**{**SHAPE, "M": 8193}).name == "two_call"
     assert route.plan_route(**{**SHAPE, "dropout": True}).name == "two_call"
     assert route.plan_route(**{**SHAPE, "arch": "sm_80"}).name == "two_call"
@@ -100,9 +103,10 @@ def test_a_measured_shape_takes_the_faster_route(file):
     [
         ("{", "not a tuning file"),
         ("[]", "not a tuning file"),
-        (json.dumps(tuning(format=2)), "format is 2; expected 1"),
-        (json.dumps(tuning(expand={KEY: {"route": "guess", "tile": TILE}})), "route of .* 'guess'"),
-        (json.dumps(tuning(expand={KEY: {"route": "fused", "tile": {}}})), "not a tuning file"),
+        (json.dumps(tuning(format=1)), "format is 1; expected 2"),
+        (json.dumps(tuning(expand={KEY: {"guess": {}}})), "route of .* 'guess'"),
+        (json.dumps(tuning(expand={KEY: {"fused": {"tile": {}}}})), "not a tuning file"),
+        (json.dumps(tuning(expand={KEY: {}})), "expected two_call and fused"),
     ],
 )
 def test_a_damaged_tuning_file_is_named(file, content, message):
@@ -118,27 +122,41 @@ def test_a_missing_tuning_file_is_named(file):
         route.plan_route(**SHAPE)
 
 
-@pytest.mark.parametrize(("fused", "two_call"), [(1.0, 2.0), (2.0, 1.0)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_measuring_keeps_the_faster_route(fused, two_call, transposed, monkeypatch):
-    """Times are made up; the operands and both routes are real, in the interpreter."""
+def test_measuring_keeps_the_fastest_tile_of_each_route(transposed, monkeypatch):
+    """Times are made up; the operands and the routes are real, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("the device measures by itself")
-    times = iter([two_call, fused, *[9.0] * 20])
+    times = iter([2.0, 5.0, 3.0, 7.0, 4.0])
 
     def timed(function):
         assert function().isfinite().all()
         return next(times)
 
+    small, wide = ExpandTile(4, 2, 16, 16, 16), ExpandTile(4, 2, 16, 32, 32)
     monkeypatch.setattr(tune, "_microseconds", timed)
-    monkeypatch.setitem(tune.EXPAND_CANDIDATES, 4, (ExpandTile(4, 2, 16, 16, 16),))
-    layer = tune.LayerShape(M=20, m=24, n=40, r=3, dropout_p=0.1)
+    monkeypatch.setitem(tune.EXPAND_CANDIDATES, 4, (small,))
+    monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (small, wide))
+    layer = tune.LayerShape(M=20, m=24, n=40, r=4, dropout_p=0.1)
     key, entry = tune.measure(layer, transposed, torch.float32, CPU)
-    assert entry["route"] == ("fused" if fused < two_call else "two_call")
-    assert entry["microseconds"] == {"fused": fused, "two_call": two_call}
+    assert {name: route["microseconds"] for name, route in entry.items()} == {
+        "two_call": 2.0,
+        "fused": 3.0,
+        "fused_descriptor": 4.0,
+    }
+    assert ExpandTile(**json.loads(json.dumps(entry["fused"]["tile"]))) == small
+    assert ExpandTile(**entry["fused_descriptor"]["tile"]) == wide
     N, K = (40, 24) if transposed else (24, 40)
-    assert key == route.shape_key(torch.float32, 20, N, K, 3, transposed, transposed)
-    assert ExpandTile(**json.loads(json.dumps(entry["tile"])))
+    assert key == route.shape_key(torch.float32, 20, N, K, 4, transposed, transposed)
+
+
+def test_tensor_maps_are_measured_where_they_can_be_made(monkeypatch):
+    monkeypatch.setattr(tune, "_microseconds", lambda function: 1.0)
+    monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (ExpandTile(4, 2, 16, 16, 16),))
+    for n, r, measured in ((40, 4, True), (40, 3, False), (39, 4, False)):
+        layer = tune.LayerShape(M=20, m=24, n=n, r=r)
+        _, entry = tune.measure(layer, True, torch.float32, CPU)
+        assert ("fused_descriptor" in entry) == measured
 
 
 def test_tuning_needs_a_gpu(tmp_path):

@@ -1,9 +1,14 @@
 """Which route `expand` takes on a GPU, with which tile, and why.
 
-Measured where it has been measured, a stated rule elsewhere. Measurements are kept in JSON
-files of one architecture each: those shipped in `lorasb_kernels/ops/tuned/`, and before
-them the file that the environment variable `LORASB_TUNING` names, which `lorasb tune`
-writes. Nothing is measured unless asked, so the bits of a result do not change by themselves.
+    two_call           the vendor's GEMM, then the expansion added in place   triton.py
+    fused              one GEMM whose contraction runs on over the rank       triton.py
+    fused_descriptor   the same, its tiles moved by TMA; sm_90                descriptor.py
+
+The fastest that the operands allow where it has been measured, a stated rule elsewhere.
+Measurements are kept in JSON files of one architecture each: those shipped in
+`lorasb_kernels/ops/tuned/`, and before them the file that the environment variable
+`LORASB_TUNING` names, which `lorasb tune` writes. Nothing is measured unless asked, so the
+bits of a result do not change by themselves.
 
 The rule: two calls. A tile that was never timed on the device may lose more than the fusion
 saves; the vendor's GEMM does not. Triton's interpreter has no vendor's GEMM: fused.
@@ -25,14 +30,14 @@ from lorasb_kernels.ops.tiles import (
     rank_tiles,
 )
 
-FORMAT = 1
-ROUTES = ("fused", "two_call")
+FORMAT = 2
+ROUTES = ("two_call", "fused", "fused_descriptor")
 SHIPPED = Path(__file__).resolve().parent.parent / "tuned"
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A choice: `name` is `"fused"` or `"two_call"`, `tile` that of the Triton kernel."""
+    """A choice: `name` is one of `ROUTES`, `tile` that of the Triton kernel."""
 
     name: str
     tile: ExpandTile
@@ -53,11 +58,29 @@ def shape_key(dtype: torch.dtype, M: int, N: int, K: int, r: int, transposed: bo
     )
 
 
-def choose_route(x: torch.Tensor, weight: torch.Tensor, r: int, dropout: bool) -> Route:
-    """The route for `expand(x [M, K], weight [N, K], …)` at rank r, with or without dropout."""
+def choose_route(
+    x: torch.Tensor, weight: torch.Tensor, p: torch.Tensor, factor: torch.Tensor, dropout: bool
+) -> Route:
+    """The route for `expand` of these operands, with or without dropout."""
     transposed = weight.stride(1) != 1
-    M, (N, K) = x.shape[0], weight.shape
-    return plan_route(architecture(x.device), x.dtype, M, N, K, r, transposed, dropout)
+    (M, K), N, r = x.shape, weight.shape[0], p.shape[1]
+    shape = (architecture(x.device), x.dtype, M, N, K, r, transposed, dropout)
+    route = plan_route(*shape)
+    if route.name == "fused_descriptor" and not describable(x, weight, p, factor):
+        route = plan_route(*shape, aligned=False)
+    return route
+
+
+def describable(*matrices: torch.Tensor) -> bool:
+    """Whether CUDA can describe every matrix by a tensor map.
+
+    One dimension is contiguous, the base and the stride of the other are multiples of 16 bytes.
+    """
+    for matrix in matrices:
+        unit, stride = sorted(matrix.stride())
+        if unit != 1 or stride * matrix.itemsize % 16 or matrix.data_ptr() % 16:
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,18 +93,33 @@ def plan_route(
     r: int,
     transposed: bool,
     dropout: bool,
+    aligned: bool = True,
 ) -> Route:
-    """`choose_route` from numbers alone; `arch` is `"sm_86"` and so on."""
+    """`choose_route` from numbers alone, as if all matrices were contiguous.
+
+    Args:
+        arch: `"sm_86"` and so on.
+        dtype, M, N, K, r: of the operands.
+        transposed, dropout: as for `shape_key`.
+        aligned: False says that an operand is not `describable`.
+    """
     tile = expand_tile(arch, dtype, dropout)
     if arch == INTERPRETER:
         return Route("fused", tile, "Triton's interpreter runs the kernel")
     key = shape_key(dtype, M, N, K, r, transposed, dropout)
     for path in _tuning_files(arch):
-        found = load_tuning(path, arch).get(key)
-        if found is not None:
-            tile = ExpandTile(**found["tile"])
-            times = ", ".join(f"{name} {found['microseconds'][name]:.1f} µs" for name in ROUTES)
-            return Route(found["route"], tile, f"measured ({path.name}): {times}")
+        measured_on, entries = read_tuning(path)
+        if measured_on != arch or key not in entries:
+            continue
+        measured = entries[key]
+        times = ", ".join(f"{name} {measured[name]['microseconds']:.1f} µs" for name in measured)
+        reason = f"measured ({path.name}): {times}"
+        aligned = aligned and all(size * dtype.itemsize % 16 == 0 for size in (N, K, r))
+        if "fused_descriptor" in measured and not aligned:
+            measured = {name: measured[name] for name in measured if name != "fused_descriptor"}
+            reason += "; fused_descriptor needs rows at multiples of 16 bytes"
+        fastest = min(measured, key=lambda name: measured[name]["microseconds"])
+        return Route(fastest, ExpandTile(**measured[fastest]["tile"]), reason)
     return Route("two_call", tile, f"not measured on {arch} for {key}: the vendor's GEMM is safe")
 
 
@@ -92,8 +130,8 @@ def _tuning_files(arch: str) -> list[Path]:
 
 
 @functools.cache
-def load_tuning(path: Path, arch: str) -> dict[str, dict]:
-    """The measurements of a tuning file by shape key; empty if it speaks of another device.
+def read_tuning(path: Path) -> tuple[str, dict[str, dict]]:
+    """The architecture of a tuning file, and by shape key the time and the tile of each route.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -104,20 +142,22 @@ def load_tuning(path: Path, arch: str) -> dict[str, dict]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format is {content['format']}; expected {FORMAT}")
-        for key, entry in content["expand"].items():
-            if entry["route"] not in ROUTES:
-                raise ValueError(
-                    f"route of {key!r} is {entry['route']!r}; expected one of {ROUTES}"
-                )
-            ExpandTile(**entry["tile"])
-        return content["expand"] if content["arch"] == arch else {}
+        for key, measured in content["expand"].items():
+            for name, entry in measured.items():
+                if name not in ROUTES:
+                    raise ValueError(f"a route of {key!r} is {name!r}; expected one of {ROUTES}")
+                ExpandTile(**entry["tile"])
+                float(entry["microseconds"])
+            if not {"two_call", "fused"} <= measured.keys():
+                raise ValueError(f"{key!r} has {list(measured)}; expected two_call and fused")
+        return content["arch"], content["expand"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tuning file: {error!r}") from error
 
 
 def forget_tuning() -> None:
     """Reads the tuning files anew at the next choice."""
-    load_tuning.cache_clear()
+    read_tuning.cache_clear()
     plan_route.cache_clear()
 
 
@@ -126,8 +166,9 @@ __all__ = [
     "ROUTES",
     "Route",
     "choose_route",
+    "describable",
     "forget_tuning",
-    "load_tuning",
     "plan_route",
+    "read_tuning",
     "shape_key",
 ]

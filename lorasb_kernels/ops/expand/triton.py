@@ -1,4 +1,4 @@
-"""Frozen product and expansion on the GPU, by one of two routes.
+"""Frozen product and expansion on the GPU, by one of three routes.
 
     y = x Wᵀ + drop(p Bᵀ) + bias          [M, N]
 
@@ -8,6 +8,7 @@ two calls: the vendor's GEMM, then `addmm` with beta = 1 into its output. Reads 
 second time (4·M·N bytes in 16 bits), yet the first GEMM is as fast as it gets: a GEMM slower
 by 7 % has lost what the fusion saves. With dropout the second call is the kernel below
 without its frozen product, since the mask must fall between the product and the sum.
+fused with tensor maps: `descriptor.py`.
 
 `choose_route` says which one runs, with which tile and why.
 """
@@ -18,12 +19,12 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
+from lorasb_kernels.ops.expand.descriptor import descriptor_expand
 from lorasb_kernels.ops.expand.route import choose_route
-from lorasb_kernels.ops.kernel_parts import keep_mask, launch_guard
+from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
 from lorasb_kernels.ops.tiles import ExpandTile
 
-GROUP_M = 8
 BLOCK_R = 32
 
 
@@ -58,16 +59,7 @@ def expand_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Grouped order: GROUP_M row tiles use a column tile of the weight while it is in L2.
-    row_tiles = tl.cdiv(M, BLOCK_M)
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    group = tile // (GROUP_M * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    within = tile % (GROUP_M * column_tiles)
-    row_tile = group * GROUP_M + within % group_rows
-    column_tile = within // group_rows
-
+    row_tile, column_tile = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row_mask = (rows < M)[:, None]
@@ -133,7 +125,7 @@ def _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product
         expand_kernel[(tiles,)](
             x,
             weight,
-            p.contiguous(),
+            p,
             factor,
             None if bias is None else bias.contiguous(),
             y,
@@ -157,11 +149,18 @@ def _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product
         )
 
 
+RUN = {
+    "two_call": two_call_expand,
+    "fused": fused_expand,
+    "fused_descriptor": descriptor_expand,
+}
+
+
 @autocast_disabled
 def expand(x, weight, p, factor, bias, dropout_p, seed):
-    route = choose_route(x, weight, p.shape[1], dropout_p > 0)
-    run = fused_expand if route.name == "fused" else two_call_expand
-    return run(x, weight, p, factor, bias, dropout_p, seed, route.tile)
+    p = p.contiguous()
+    route = choose_route(x, weight, p, factor, dropout_p > 0)
+    return RUN[route.name](x, weight, p, factor, bias, dropout_p, seed, route.tile)
 
 
-__all__ = ["expand", "expand_kernel", "fused_expand", "two_call_expand"]
+__all__ = ["RUN", "expand", "expand_kernel", "fused_expand", "two_call_expand"]
