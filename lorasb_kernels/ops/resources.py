@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 from lorasb_kernels.files import write_text
 from lorasb_kernels.ops.core_backward.triton import gradient_kernel
 from lorasb_kernels.ops.expand_resources import EXPAND_KERNELS
+from lorasb_kernels.ops.factor_gradient.tiles import factor_tile
+from lorasb_kernels.ops.factor_gradient.triton import factor_gradient_kernel
 from lorasb_kernels.ops.projection import projection_kernel
 from lorasb_kernels.ops.sign_resources import SIGN_KERNELS
 from lorasb_kernels.ops.tiles import (
@@ -144,11 +146,31 @@ def _gradients(arch: str, dtype: torch.dtype):
         yield f"width={width}", tile, arguments, {"SPLIT": True, "BLOCK_R": width}
 
 
+def _factor_gradients(arch: str, dtype: torch.dtype):
+    for r in RANKS:
+        width, tiles = rank_tiles(r)
+        for split, dropout in ((False, False), (True, False), (True, True)):
+            arguments = {
+                **{"left_ptr": "*", "rows_ptr": "*", "out_ptr": "*fp32"},
+                "partial_ptr": "*fp32" if split else None,
+                "arrived_ptr": "*i32" if split else None,
+                "seed_ptr": "*i64" if dropout else None,
+                **{"M": 8191, "k": 4096, "r": r, "stride_left": r, "stride_rows": 4096},
+                **{"splits": 7, "rows_per_split": 1024, "keep_scale": 1.5, "threshold": 2**31 + 1},
+            }
+            constants = {
+                **{"SPLIT": split, "DROPOUT": dropout, "RANK_TILES": tiles, "BLOCK_R": width}
+            }
+            case = f"r={r}" + (", split" if split else "") + (", dropout" if dropout else "")
+            yield case, factor_tile(arch, dtype, r, dropout), arguments, constants
+
+
 # Each kernel and what makes its cases for an architecture and a dtype.
 KERNELS = {
     "projection": (projection_kernel, _projections),
     "gradient": (gradient_kernel, _gradients),
     **EXPAND_KERNELS,
+    "factor_gradient": (factor_gradient_kernel, _factor_gradients),
     **SIGN_KERNELS,
 }
 

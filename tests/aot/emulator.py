@@ -18,6 +18,7 @@ from lorasb_kernels.ops import projection, weight_gradient
 from lorasb_kernels.ops.core_backward import triton as core_backward
 from lorasb_kernels.ops.expand import descriptor as expand_descriptor
 from lorasb_kernels.ops.expand import triton as expand
+from lorasb_kernels.ops.factor_gradient import triton as factor_gradient
 from lorasb_kernels.ops.pack_signs import triton as pack_signs
 from lorasb_kernels.ops.sign_accumulate import triton as sign_accumulate
 from lorasb_kernels.ops.sign_gradient import triton as sign_gradient
@@ -99,6 +100,7 @@ def emulated(multiprocessors: int = 8, **options):
         projection: "projection_kernel",
         core_backward: "gradient_kernel",
         expand: "expand_kernel",
+        factor_gradient: "factor_gradient_kernel",
         expand_descriptor: "expand_descriptor_kernel",
         pack_signs: "pack_signs_kernel",
         sign_accumulate: "sign_accumulate_kernel",
@@ -110,6 +112,8 @@ def emulated(multiprocessors: int = 8, **options):
             _replace(stack, module, name, EmulatedKernel(getattr(module, name), log, options))
         for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
             _replace(stack, module, "architecture", lambda device: ARCH)
+        _replace(stack, factor_gradient, "architecture", lambda device: ARCH)
+        _replace(stack, factor_gradient, "multiprocessors", lambda device: multiprocessors)
         _replace(stack, projection, "multiprocessors", lambda device: multiprocessors)
         _replace(stack, sign_matmul, "multiprocessors", lambda device: multiprocessors)
         yield log

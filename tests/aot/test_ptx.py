@@ -16,6 +16,8 @@ CHECKS = [
     "shrink_mask",
     "shrink_strides",
     "core_backward",
+    "factor_gradient",
+    "factor_gradient_strides",
     "expand",
     "expand_descriptor",
     "bytes",

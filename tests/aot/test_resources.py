@@ -15,7 +15,7 @@ import pytest
 
 from lorasb_kernels.ops.tiles import ARCHITECTURES
 
-KERNELS = ("projection", "gradient", "expand")
+KERNELS = ("projection", "gradient", "expand", "factor_gradient")
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 
@@ -65,6 +65,7 @@ def assert_fits(report: dict) -> None:
         ("projection", "r=512, split, dropout"),
         ("gradient", ".*"),
         ("expand", ".*"),
+        ("factor_gradient", "r=(16|64|96|256|512)(, split, dropout)?"),
     ],
 )
 def test_sm_86_in_bf16(kernel, case):
