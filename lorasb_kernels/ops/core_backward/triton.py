@@ -50,15 +50,16 @@ def gradient_kernel(
     first = split.to(tl.int64) * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
     rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    g_ptrs = g_ptr + rows[:, None] * r + out[None, :]
+    # g is loaded turned, not turned after loading: only so does Triton keep its loads in flight.
+    g_ptrs = g_ptr + rows[None, :] * r + out[:, None]
     h_ptrs = h_ptr + rows[:, None] * r + in_[None, :]
 
     acc = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
     for _ in range(0, rows_per_split, BLOCK_M):
-        in_split = (rows < last)[:, None]
-        g = tl.load(g_ptrs, mask=in_split & (out < r)[None, :], other=0.0)
-        h = tl.load(h_ptrs, mask=in_split & (in_ < r)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(g), h, acc, input_precision=PRECISION)
+        in_split = rows < last
+        g = tl.load(g_ptrs, mask=(out < r)[:, None] & in_split[None, :], other=0.0)
+        h = tl.load(h_ptrs, mask=in_split[:, None] & (in_ < r)[None, :], other=0.0)
+        acc = tl.dot(g, h, acc, input_precision=PRECISION)
         rows += BLOCK_M
         g_ptrs += BLOCK_M * r
         h_ptrs += BLOCK_M * r
