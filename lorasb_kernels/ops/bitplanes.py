@@ -95,7 +95,7 @@ def unpack(
     high = negative.contiguous().view(torch.uint8).to(torch.int32)
     pairs = (low | high << 8).view(-1)
     elements = _elements_of_byte_pair(positive.device, dtype).index_select(0, pairs)
-    return elements.view(positive.shape[0], -1)[:, :columns]
+    return elements.view(positive.shape[0], positive.shape[1] * WORD)[:, :columns]
 
 
 def panels(rows: int, columns: int) -> Iterator[slice]:

@@ -1,0 +1,30 @@
+"""Two amounts of everything that is drawn: a little in `make test`, a lot where it is slow.
+
+Draws are the same at every run, so a red test stays red. `--hypothesis-seed=N` draws others,
+and hypothesis prints how to repeat a failure.
+"""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.ops.conftest import backend, device, dtype
+
+COMMON = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": list(HealthCheck),
+}
+LITTLE = settings(**COMMON, max_examples=300)
+MUCH = settings(**COMMON, max_examples=10_000)
+
+__all__ = ["LITTLE", "MUCH", "backend", "device", "dtype"]
+
+
+def amounts(little: int, much: int):
+    """Parametrizes `cases` with a few, and as a slow test with many."""
+    return pytest.mark.parametrize(
+        "cases",
+        [pytest.param(little, id="few"), pytest.param(much, id="many", marks=pytest.mark.slow)],
+    )

@@ -1,0 +1,69 @@
+"""The operations as formulas in plain PyTorch, written from the mathematics alone.
+
+Each formula is evaluated three times on the same operands (`rounded` is applied wherever a
+tensor of the working dtype is stored):
+
+    eager   in the working dtype: `rounded` casts to it
+    exact   in float64: `rounded` does nothing
+    terms   in float64 on absolute values: the sum of the magnitudes that were added up;
+            `rounded` adds the smallest normal number, so that eps·terms never is less than
+            the spacing of the numbers around 0
+"""
+
+import torch
+
+EYE = None  # a mask that keeps everything
+
+
+def drop(x, mask, dropout_p):
+    return x if mask is EYE else torch.where(mask, x * (1 / (1 - dropout_p)), 0)
+
+
+def shrink(rounded, x, lora_A, lora_R, scaling, mask, dropout_p):
+    """h = drop(x) Aᵀ and p = s · h Rᵀ."""
+    h = rounded(drop(x, mask, dropout_p) @ lora_A.T)
+    return h, rounded(scaling * (h.to(lora_R.dtype) @ lora_R.T))
+
+
+def core_backward(rounded, dy, h, lora_B, lora_R, scaling):
+    """q = s · (dy B) R and dR = s · (dy B)ᵀ h."""
+    g = rounded(dy @ lora_B).to(lora_R.dtype)
+    return rounded(scaling * (g @ lora_R)), scaling * (g.T @ h.to(lora_R.dtype))
+
+
+def expand(rounded, x, weight, p, factor, bias, mask, dropout_p):
+    """x Wᵀ + drop(p factorᵀ) + bias."""
+    y = x @ weight.T if bias is None else x @ weight.T + bias
+    return (rounded(rounded(y) + drop(p @ factor.T, mask, dropout_p)),)
+
+
+def lorasb_linear(rounded, x, weight, lora_A, lora_R, lora_B, bias, dy, scaling, mask, dropout_p):
+    """Output, input gradient and gradient of R of one adapted layer; x and dy are matrices."""
+    h, p = shrink(rounded, x, lora_A, lora_R, scaling, mask, dropout_p)
+    (y,) = expand(rounded, x, weight, p, lora_B, bias, EYE, 0.0)
+    q, dR = core_backward(rounded, dy, h, lora_B, lora_R, scaling)
+    (dx,) = expand(rounded, dy, weight.T, q, lora_A.T, None, mask, dropout_p)
+    return y, dx, dR
+
+
+def lorasb_group(rounded, x, layers, scaling, mask, dropout_p):
+    """Outputs, the summed input gradient and the gradients of R of layers that read one x."""
+    results = [lorasb_linear(rounded, x, *layer, scaling, mask, dropout_p) for layer in layers]
+    ys, dxs, dRs = zip(*results, strict=True)
+    dx = dxs[0]
+    for other in dxs[1:]:
+        dx = rounded(dx + other)
+    return (*ys, dx, *dRs)
+
+
+def sign_accumulate(rounded, acc, grad_output, x, row_weight):
+    """acc + (w ⊙ dy)ᵀ x, summed in fp32."""
+    dy = grad_output.to(acc.dtype)
+    if row_weight is not None:
+        dy = dy * row_weight[:, None]
+    return (rounded(acc + dy.T @ x.to(acc.dtype)),)
+
+
+def sign_matmul(rounded, signs, dense):
+    """S Z for a dense S of ±1 and 0."""
+    return (rounded(signs @ dense),)

@@ -1,0 +1,65 @@
+"""Every operation keeps the numerical contract wherever its operands come from.
+
+Sizes, ranks, strides, scalings, dropout and leading dimensions are drawn, and so are the size
+of the numbers (1e-20 to 1e20) and the places of NaN, infinities and denormals; `judging` says
+what is asked. On a GPU the same tests run there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.aot.emulator import ptxcheck_folder
+from tests.ops.conftest import ON_GPU
+from tests.trust.conftest import amounts
+from tests.trust.operators import OPERATORS, SINGLE
+from tests.trust.worst import poisoned_memory, worst_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def assert_passes(worst: dict) -> None:
+    assert worst["fault"] is None
+    assert worst["contract"] <= 1
+    assert worst["elements"] <= 1
+
+
+@amounts(3, 200)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_contract(operator, backend, dtype, device, cases):
+    if operator in SINGLE and dtype != torch.float32:
+        pytest.skip(f"{operator} reads fp32 only")
+    if backend == "reference" or ON_GPU:
+        cases *= 3
+    with poisoned_memory():
+        worst = worst_of(operator, dtype, backend, device, cases)
+    assert worst.cases >= cases
+    assert_passes(vars(worst))
+
+
+@pytest.mark.skipif(
+    ptxcheck_folder() is None, reason="ptxcheck is not here; PTXCHECK_PATH names its folder"
+)
+@pytest.mark.parametrize(
+    "operator",
+    [op if op == "lorasb_linear" else pytest.param(op, marks=pytest.mark.slow) for op in OPERATORS],
+)
+def test_the_contract_of_the_code_for_a_gpu(operator):
+    """In bf16, which Triton's interpreter cannot multiply, compiled for sm_86 and emulated."""
+    dtype = "float32" if operator in SINGLE else "bfloat16"
+    command = [sys.executable, "-m", "tests.trust.worst", operator, dtype, "triton", "--emulated"]
+    completed = subprocess.run(
+        [*command, "--cases", "5"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert_passes(json.loads(completed.stdout))
