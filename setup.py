@@ -13,7 +13,8 @@ import build as cuda
 TRAIN = ["transformers>=5.0", "accelerate>=1.10", "rich>=13", "pyyaml>=6", "matplotlib>=3.8"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "peft>=0.18"]
 DEMO = [*TRAIN, "gguf>=0.17", "peft>=0.18"]
-TEST = [*DEMO, *BENCH, "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"]
+QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
+TEST = [*DEMO, *BENCH, *QUANTIZED, "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"]
 
 
 class BuildCuda(build_ext):
@@ -52,6 +53,12 @@ setup(
         "numpy",
         "safetensors",
     ],
-    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "demo": DEMO,
+        "bench": BENCH,
+        "quantized": QUANTIZED,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["lorasb = lorasb_kernels.train.cli:main"]},
 )

@@ -9,6 +9,8 @@ from torch import nn
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.methods import initialize
 from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.quantization import quantization_of
+from lorasb_kernels.quantized import QuantizedLoRASBLinear
 from lorasb_kernels.shared_input import share_inputs
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -72,7 +74,8 @@ def adapt(
 
 def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
     """The adapted layer over `linear` that `config` describes, factors still 0."""
-    return LoRASBLinear.from_linear(
+    kind = LoRASBLinear if quantization_of(linear) is None else QuantizedLoRASBLinear
+    return kind.from_linear(
         linear,
         config.r,
         reset=False,
@@ -115,31 +118,52 @@ def _check_estimation(init: str, batches, learning_rate) -> None:
 
 
 @torch.no_grad()
-def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module, safe_merge: bool = False, dequantize: torch.dtype | None = None
+) -> nn.Module:
     """Merges every adapter and puts plain `nn.Linear` layers back, in place.
 
     Args:
         model: an adapted model.
         safe_merge: raise, with no weight changed, if a merged weight would not be finite.
+        dequantize: dtype of the plain layers that quantized ones become, of several times
+            their size. `lorasb merge` into the model they were quantized from loses less.
 
     Returns:
         `model`, without adapters; all of it frozen still but `modules_to_save`.
 
     Raises:
-        ValueError: the model holds no adapter, or `safe_merge` found a non-finite weight.
+        ValueError: the model holds no adapter, `safe_merge` found a non-finite weight, or a
+            quantized layer without `dequantize`.
     """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model holds no adapter; expected an adapted model")
+    quantized = {name: kind for name in layers if (kind := quantization_of(layers[name]))}
+    if quantized and dequantize is None:
+        name, kind = next(iter(quantized.items()))
+        raise ValueError(
+            f"{name} is quantized ({kind}); expected dequantize, the dtype of the plain layer to "
+            "merge into, or the adapter merged into the model it was quantized from"
+        )
     if safe_merge:
         for name, layer in layers.items():
             if not (layer.merged or layer.get_delta_weight().isfinite().all()):
                 raise ValueError(f"the adapter of {name} is not finite; nothing was merged")
     for name, layer in layers.items():
-        layer.merge(safe_merge)
+        layer.merge(safe_merge, **({"dequantize": dequantize} if name in quantized else {}))
         model.set_submodule(name, layer.to_linear())
+    if quantized and not any(map(quantization_of, model.modules())):
+        _forget_quantizer(model)
     del model.lorasb_config
     return model
+
+
+def _forget_quantizer(model: nn.Module) -> None:
+    """A transformers model with plain layers again must not be saved as a quantized one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 __all__ = ["adapt", "merge_and_unload"]

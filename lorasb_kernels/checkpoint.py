@@ -26,6 +26,7 @@ from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.files import write_tensors, write_text
 from lorasb_kernels.hub import local_folder
 from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.quantization import dense_weight, quantization_of
 from lorasb_kernels.rebuilding import check_rebuilt, rebuild, subspace_probes
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -41,6 +42,8 @@ FORMAT = "1"
 _PROBE_ELEMENTS = 16
 # The probe is kept in bf16 so that a base loaded in fp32, bf16 or fp16 passes; two roundings.
 _PROBE_TOLERANCE = 2.0**-7
+# Of the probes' cosine: 4-bit codes keep 0.99, another model's weights are at 0 ± 0.25.
+_PROBE_LIKENESS = 0.9
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -74,6 +77,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             "format": FORMAT,
             "subspace": fingerprint,
             "base_model": getattr(getattr(model, "config", None), "_name_or_path", None),
+            "quantization": quantizations(layers),
             "config": model.lorasb_config.to_dict(),
         }
         write_text(directory / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
@@ -125,8 +129,9 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
         subspace = _subspace(layers)
     else:
         check_tensors(directory / SUBSPACE_FILE, subspace, _subspace(layers))
+        same = quantizations(layers) == record.get("quantization", [])
         for name, layer in layers.items():
-            check_base(name, layer.weight, subspace, record.get("base_model"))
+            check_base(name, dense_weight(layer), subspace, record.get("base_model"), same)
     for name, layer in layers.items():
         layer.set_adapter(
             subspace[f"{name}.lora_A"], trained[f"{name}.lora_R"], subspace[f"{name}.lora_B"]
@@ -221,7 +226,7 @@ def _subspace(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
     for name, layer in layers.items():
         tensors[f"{name}.lora_A"] = layer.lora_A
         tensors[f"{name}.lora_B"] = layer.lora_B
-        tensors[f"{name}.weight_probe"] = _probe(layer.weight)
+        tensors[f"{name}.weight_probe"] = _probe(dense_weight(layer))
     return tensors
 
 
@@ -312,13 +317,29 @@ def check_tensors(
             raise ValueError(f"{path}: {name} holds non-finite values")
 
 
+def quantizations(layers: dict[str, nn.Module]) -> list[str]:
+    """How the frozen weights of `layers` are quantized, each kind once."""
+    return sorted({kind for layer in layers.values() if (kind := quantization_of(layer))})
+
+
 def check_base(
-    name: str, weight: torch.Tensor, subspace: dict[str, torch.Tensor], base_model: str | None
+    name: str,
+    weight: torch.Tensor,
+    subspace: dict[str, torch.Tensor],
+    base_model: str | None,
+    same_quantization: bool,
 ) -> None:
-    """Raises ValueError if `weight` is not the one of layer `name` that the adapter knew."""
+    """Raises ValueError if `weight` is not the one of layer `name` that the adapter knew.
+
+    Weights that were quantized in another way, or not at all, need only be alike.
+    """
     probe = subspace[f"{name}.weight_probe"].float()
     own = _probe(weight).float().cpu()
-    if ((probe - own).abs() > _PROBE_TOLERANCE * own.abs() + 1e-6).any():
+    if same_quantization:
+        other = ((probe - own).abs() > _PROBE_TOLERANCE * own.abs() + 1e-6).any()
+    else:
+        other = torch.cosine_similarity(probe, own, dim=0) < _PROBE_LIKENESS
+    if other:
         raise ValueError(
             f"the weight of {name} is not the one this adapter was made for; "
             f"expected the base model {base_model!r}"
@@ -331,6 +352,7 @@ __all__ = [
     "fingerprint_of",
     "layers_of",
     "load_adapter",
+    "quantizations",
     "read_adapter",
     "read_tensors",
     "save_adapter",

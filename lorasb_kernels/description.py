@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.quantization import frozen_bytes, parameter_count, weight_dtype
 from lorasb_kernels.targets import (
     adapted_layers,
     check_rank,
@@ -104,7 +105,7 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
         ranks = {name: layer.r for name, layer in layers.items()}
         cores = {id(layer.lora_R) for layer in layers.values()}
         other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in cores)
-        total = sum(p.numel() for p in model.parameters() if id(p) not in cores)
+        total = parameter_count(model) - sum(layer.lora_R.numel() for layer in layers.values())
     else:
         refuse_adapted(model)
         layers = find_targets(model, config.target_modules, config.modules_to_save)
@@ -113,15 +114,14 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
         ranks = dict.fromkeys(layers, config.r)
         saved = find_saved_modules(model, config.modules_to_save)
         other = sum(p.numel() for module in saved.values() for p in module.parameters())
-        total = sum(p.numel() for p in model.parameters())
+        total = parameter_count(model)
     described = tuple(_describe_layer(name, layers[name], ranks[name]) for name in layers)
     return Description(described, other, total)
 
 
 def _describe_layer(name: str, linear: nn.Linear, r: int) -> LayerDescription:
     m, n = linear.out_features, linear.in_features
-    item = linear.weight.element_size()
-    bias = 0 if linear.bias is None else m
+    item = weight_dtype(linear).itemsize
     return LayerDescription(
         name=name,
         out_features=m,
@@ -129,7 +129,7 @@ def _describe_layer(name: str, linear: nn.Linear, r: int) -> LayerDescription:
         r=r,
         trainable=r * r,
         subspace=r * (m + n),
-        frozen_bytes=(m * n + bias) * item,
+        frozen_bytes=frozen_bytes(linear),
         adapter_bytes=r * (m + n) * item + r * r * 4,
     )
 

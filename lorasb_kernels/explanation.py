@@ -74,10 +74,9 @@ def explain(
         RuntimeError: a named backend that cannot run on the device.
     """
     if hasattr(layer_or_shape, "lora_R"):
-        weight = layer_or_shape.weight
-        m, n = weight.shape
-        r = layer_or_shape.lora_R.shape[0]
-        dtype, device = dtype or weight.dtype, device or weight.device
+        m, n = layer_or_shape.out_features, layer_or_shape.in_features
+        factor, r = layer_or_shape.lora_A, layer_or_shape.lora_R.shape[0]
+        dtype, device = dtype or factor.dtype, device or factor.device
         backend = backend or layer_or_shape.backend
         dropout_p = layer_or_shape.dropout_p if dropout_p is None else dropout_p
     elif isinstance(layer_or_shape, tuple) and len(layer_or_shape) == 3:

@@ -83,11 +83,13 @@ class _Merger:
         self.directory = directory
         record, self.config, self.trained, self.subspace = read_adapter(directory)
         self.base_model = record.get("base_model")
+        self.trained_on_plain_weights = not record.get("quantization")
         self.layers: dict[str, str] = {}  # key in the base model -> layer
         self.replaced: dict[str, torch.Tensor] = {}  # key in the base model -> trained tensor
 
     def locate(self, keys: list[str]) -> None:
         """Finds the tensor of the base model behind each tensor of the adapter."""
+        self.keys = frozenset(keys)
         for name, tensor in self.trained.items():
             layer, _, part = name.rpartition(".")
             if part == "lora_R":
@@ -114,6 +116,11 @@ class _Merger:
         if key not in self.layers:
             return tensor
         name = self.layers[key]
+        if not tensor.is_floating_point() or f"{key}.absmax" in self.keys:
+            raise ValueError(
+                f"{key} has dtype {tensor.dtype}, so the base model is quantized; expected the "
+                "model it was quantized from, to merge into without rounding the adapter away"
+            )
         core, (lora_A, lora_B) = self.trained[f"{name}.lora_R"], self._factors(name, tensor)
         if tensor.shape != (lora_B.shape[0], lora_A.shape[1]):
             raise ValueError(
@@ -129,7 +136,7 @@ class _Merger:
 
     def _factors(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.subspace is not None:
-            check_base(name, weight, self.subspace, self.base_model)
+            check_base(name, weight, self.subspace, self.base_model, self.trained_on_plain_weights)
             return self.subspace[f"{name}.lora_A"], self.subspace[f"{name}.lora_B"]
         # As a layer holds them: rounded to the dtype of the weight.
         lora_A, lora_B = (f.to(weight.dtype) for f in rebuild_factors(name, weight, self.config))

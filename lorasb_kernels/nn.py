@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasb_kernels.functional import lorasb_linear
+from lorasb_kernels.quantization import weight_dtype
 
 
 class _OptimalGradient(torch.autograd.Function):
@@ -117,12 +118,10 @@ class LoRASBLinear(nn.Linear):
             r,
             bias=linear.bias is not None,
             device="meta",
-            dtype=linear.weight.dtype,
+            dtype=weight_dtype(linear),
             **options,
         )
-        layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        layer._hold(linear)
         device = linear.weight.device
         layer.lora_A = torch.zeros_like(layer.lora_A, device=device)
         layer.lora_B = torch.zeros_like(layer.lora_B, device=device)
@@ -131,6 +130,12 @@ class LoRASBLinear(nn.Linear):
         if reset and not linear.weight.is_meta:
             layer.reset_adapter()
         return layer
+
+    def _hold(self, linear: nn.Linear) -> None:
+        """Takes the frozen weight and bias of `linear` for its own."""
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     def to_linear(self) -> nn.Linear:
         """The plain layer that computes the same thing, sharing this one's (merged) weight.

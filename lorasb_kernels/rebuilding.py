@@ -14,6 +14,7 @@ import torch
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.methods import layer_generator, lora_xs
 from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.quantization import dense_weight
 
 _FREQUENCIES = (1.0, 1.9, 2.7, 0.3)
 _TOLERANCE = 0.02  # A and B in bf16 differ from themselves by about 0.004
@@ -52,7 +53,7 @@ def rebuild_factors(
 def rebuild(layers: dict[str, LoRASBLinear], config: LoRASBConfig) -> None:
     """Gives each layer the A and B of its LoRA-XS initialization and R = 0."""
     for name, layer in layers.items():
-        lora_A, lora_B = rebuild_factors(name, layer.weight, config)
+        lora_A, lora_B = rebuild_factors(name, dense_weight(layer), config)
         layer.set_adapter(lora_A, torch.zeros_like(layer.lora_R), lora_B)
 
 

@@ -109,7 +109,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
     """Groups the adapted layers of `model` that read the same input.
 
     Layers are grouped when they are siblings with the names of a supported architecture,
-    all adapted, outside cross-attention. Everything else stays as it is.
+    all adapted, none of them quantized, outside cross-attention. Everything else stays as it is.
 
     Returns:
         The groups that were made.
@@ -120,7 +120,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
             continue
         for siblings in SIBLINGS:
             layers = [getattr(parent, child, None) for child in siblings]
-            if all(isinstance(layer, LoRASBLinear) for layer in layers):
+            if all(type(layer) is LoRASBLinear for layer in layers):
                 group = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = group

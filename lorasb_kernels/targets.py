@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.quantization import check_quantized, quantization_of
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -125,6 +126,9 @@ def _check_kind(name: str, module: nn.Module) -> None:
         )
     if isinstance(module, LoRASBLinear):
         raise ValueError(f"{name} is adapted already; expected a model without adapters")
+    if quantization_of(module) is not None:
+        check_quantized(name, module)
+        return
     if type(module) is not nn.Linear:
         raise TypeError(
             f"{name} is a {type(module).__module__}.{type(module).__name__}; "
@@ -136,8 +140,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
     if weight.dtype not in FLOAT_DTYPES or type(weight.data) is not torch.Tensor:
         raise TypeError(
             f"{name}.weight is a {type(weight.data).__name__} of {weight.dtype}; expected a "
-            "float16, bfloat16 or float32 tensor (quantized and distributed weights are not "
-            "supported)"
+            "float16, bfloat16 or float32 tensor, or one that bitsandbytes or torchao quantized"
         )
 
 
@@ -148,7 +151,7 @@ def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> 
         ValueError: meta or shared weights, hooks, or r > min(m, n).
     """
     users = Counter(
-        tensor.data_ptr()
+        _storage(tensor)
         for _, module in model.named_modules(remove_duplicate=False)
         for tensor in module._parameters.values()
         if tensor is not None and not tensor.is_meta
@@ -157,7 +160,7 @@ def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> 
         weight = linear.weight
         if weight.is_meta:
             raise ValueError(f"{name}.weight is on the meta device; expected a loaded model")
-        if users[weight.data_ptr()] > 1:
+        if users[_storage(weight)] > 1:
             raise ValueError(
                 f"{name}.weight is shared with another module (tied weights); adapting it would "
                 "change both. Leave it out of target_modules"
@@ -165,6 +168,11 @@ def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> 
         if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
             raise ValueError(f"{name} has hooks, which would be lost; expected them added later")
         check_rank(name, linear, r)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What tells tensors of different memory apart; torchao's tensors have no address."""
+    return tensor.data_ptr() or id(tensor)
 
 
 def check_rank(name: str, linear: nn.Linear, r: int) -> None:

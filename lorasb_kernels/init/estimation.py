@@ -14,6 +14,7 @@ from lorasb_kernels.init.estimation_mode import estimation_mode
 from lorasb_kernels.init.gradient_sums import GradientSums
 from lorasb_kernels.init.losses import summed_loss
 from lorasb_kernels.progress import progress_bar
+from lorasb_kernels.quantization import weight_dtype
 
 # Keeps float16 gradients above the smallest float16, 6e-8; a power of two rounds nothing.
 FLOAT16_LOSS_SCALE = 1024.0
@@ -47,7 +48,7 @@ class Estimation:
         self.memory_budget, self.progress = memory_budget, progress
         self.sums = GradientSums(layers)
         self.device = next(iter(layers.values())).weight.device
-        half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
+        half = any(weight_dtype(layer) == torch.float16 for layer in layers.values())
         self._loss_scale = FLOAT16_LOSS_SCALE if half else 1.0
         self._loss_fn = loss_fn
         self._zero: list[str] = []

@@ -1,10 +1,10 @@
 """The state in which gradients are estimated, and its undoing.
 
 Inside: every module in eval mode (no dropout, running statistics not updated), every
-parameter frozen, no key-value cache, gradients enabled, compiled code run eagerly (a graph
-compiled before the layers were tapped would pass the taps by). Outside, also after an exception:
-modes, `requires_grad` flags, buffers, configurations and random number generators are as
-they were. Parameters' `.grad` is never touched.
+parameter frozen, no key-value cache, no 4-bit weight repacked, gradients enabled, compiled code
+run eagerly (a graph compiled before the layers were tapped would pass the taps by). Outside,
+also after an exception: modes, `requires_grad` flags, buffers, configurations and random number
+generators are as they were. Parameters' `.grad` is never touched.
 """
 
 import random
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lorasb_kernels.quantization import repacking_prevented
+
 
 @contextmanager
 def estimation_mode(model: nn.Module) -> Iterator[None]:
@@ -27,6 +29,7 @@ def estimation_mode(model: nn.Module) -> Iterator[None]:
         _buffers_kept(model),
         _frozen_eval(model),
         _cache_disabled(model),
+        repacking_prevented(model),
         _compilation_bypassed(),
         torch.inference_mode(False),  # enables gradients, too
     ):

@@ -19,6 +19,7 @@ from lorasb_kernels.init.estimate import estimate_updates
 from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd import BATCH, truncated_svd, truncated_svd_batch
+from lorasb_kernels.quantization import dense_weight
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def initialize(
         return
     for name, linear in targets.items():
         generator = layer_generator(config.seed, name)
-        weight = linear.weight.detach()
+        weight = dense_weight(linear)
         if config.init == "lora-xs":
             yield name, lora_xs(weight, config.r, config.core_std, config.sigma_side, generator)
         else:

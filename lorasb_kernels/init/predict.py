@@ -17,6 +17,7 @@ from lorasb_kernels.init.blocks import find_blocks
 from lorasb_kernels.init.memory import accumulator_bytes
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd import truncated_svd
+from lorasb_kernels.quantization import weight_dtype
 
 CALIBRATION = 1024  # width of the matrices that rates are measured with
 GRADIENT_RANK = 32
@@ -127,7 +128,7 @@ def predict_init(
     layers = {name: linears[name] for name in targets}
     blocks = find_blocks(model, targets)
     in_block = {block: _inside(linears, block) for block in blocks}
-    size = next(iter(layers.values())).weight.element_size()
+    size = weight_dtype(next(iter(layers.values()))).itemsize
 
     def activations(some: Iterable[nn.Linear]) -> int:
         return micro_batch * tokens * size * sum(m.in_features + m.out_features for m in some)

@@ -9,6 +9,7 @@ summed rank.
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,8 +21,15 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 
 from lorasb_kernels.config import LoRASBConfig
-from lorasb_kernels.functional import lorasb_linear
+from lorasb_kernels.functional import lorasb_around, lorasb_linear
 from lorasb_kernels.init.methods import initialize, layer_generator, lora_xs, orthogonal
+from lorasb_kernels.quantization import (
+    check_quantized,
+    dense_weight,
+    prevent_repacking,
+    quantization_of,
+    weight_dtype,
+)
 
 METHOD = "lorasb"
 OWN_FIELDS = (
@@ -81,6 +89,9 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Linear, name: str):
         super().__init__()
+        if quantization_of(base_layer) is not None:
+            check_quantized(name, base_layer)
+            prevent_repacking(base_layer)
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
@@ -94,18 +105,17 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def add_adapter(self, adapter_name: str, config: LoRASBConfig) -> None:
         """Adds an adapter with its initial factors; nothing is drawn for meta weights."""
-        weight = self.base_layer.weight
-        limit = min(weight.shape)
-        if config.r > limit:
-            raise ValueError(f"r is {config.r}; expected r <= {limit} for {self.name}")
-        if weight.is_meta:
-            m, n = weight.shape
+        m, n = self.out_features, self.in_features
+        if config.r > min(m, n):
+            raise ValueError(f"r is {config.r}; expected r <= {min(m, n)} for {self.name}")
+        device, dtype = self.base_layer.weight.device, weight_dtype(self)
+        if device.type == "meta":
             lora_A, lora_B, lora_R = (
                 torch.empty(shape, device="meta")
                 for shape in ((config.r, n), (m, config.r), (config.r, config.r))
             )
         else:
-            generator = layer_generator(config.seed, self.name)
+            generator, weight = layer_generator(config.seed, self.name), dense_weight(self)
             if config.init == "lora-xs":
                 adapter = lora_xs(weight, config.r, config.core_std, config.sigma_side, generator)
             else:
@@ -113,10 +123,10 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
             lora_A, lora_B, lora_R = adapter.lora_A, adapter.lora_B, adapter.lora_R
         self.lorasb_config[adapter_name] = config
         self.lorasb_R[adapter_name] = nn.Parameter(
-            lora_R.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            lora_R.to(device, torch.promote_types(dtype, torch.float32))
         )
-        self.lorasb_A[adapter_name] = lora_A.to(weight.device, weight.dtype).contiguous()
-        self.lorasb_B[adapter_name] = lora_B.to(weight.device, weight.dtype).contiguous()
+        self.lorasb_A[adapter_name] = lora_A.to(device, dtype).contiguous()
+        self.lorasb_B[adapter_name] = lora_B.to(device, dtype).contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [..., n] to [..., m]."""
@@ -127,18 +137,11 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         lora_A, lora_R, lora_B, scaling = self._combined(active)
         config = self.lorasb_config[active[0]]
-        return lorasb_linear(
-            x,
-            self.base_layer.weight,
-            lora_A,
-            lora_R,
-            lora_B,
-            self.base_layer.bias,
-            scaling,
-            config.dropout,
-            self.training,
-            config.backend,
-        )
+        options = (scaling, config.dropout, self.training, config.backend)
+        base, adapter = self.base_layer, (lora_A, lora_R, lora_B)
+        if quantization_of(base) is None:
+            return lorasb_linear(x, base.weight, *adapter, base.bias, *options)
+        return lorasb_around(x, base, partial(dense_weight, base), *adapter, *options)
 
     def _combined(self, names: list[str]):
         """A, R, B and s of the sum of adapters: `[B₁ B₂] · diag(s₁R₁, s₂R₂) · [A₁; A₂]`."""
@@ -165,7 +168,7 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
         return scaling * (lora_B.to(core.dtype) @ core) @ lora_A.to(core.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the weight, in fp32 with one rounding."""
+        """Adds adapters to the weight, in fp32 with one rounding; refused if it is quantized."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lorasb_R]
         self._shift_weight(names, 1.0, safe_merge)
         self.merged_adapters.extend(names)
@@ -179,6 +182,11 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
     def _shift_weight(self, names: list[str], sign: float, check: bool) -> None:
         if not names:
             return
+        if (kind := quantization_of(self)) is not None:
+            raise ValueError(
+                f"{self.name} is quantized ({kind}); expected the adapter to be merged into the "
+                "model it was quantized from"
+            )
         weight = self.base_layer.weight
         delta = sum(self.get_delta_weight(name) for name in names)
         shifted = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
@@ -212,7 +220,7 @@ class LoraSBModel(BaseTuner):
     ):
         if isinstance(target, LoraSBLayer):
             layer = target
-        elif type(target) is nn.Linear:
+        elif type(target) is nn.Linear or quantization_of(target) is not None:
             layer = LoraSBLayer(target, current_key)
         else:
             raise TypeError(
