@@ -8,9 +8,15 @@ from pathlib import Path
 
 from lorasb_kernels.files import write_text
 
-INITS = ("lora-sb", "lora-xs", "orthogonal", "noise")
+# What is trained: the core alone, or A and B without a core.
+CORE_INITS = ("lora-sb", "lora-xs", "orthogonal", "noise", "kaiming-svd", "scaled-b")
+LORA_INITS = ("lora", "lora-one")
+INITS = (*CORE_INITS, *LORA_INITS)
+GRADIENT_INITS = ("lora-sb", "noise", "scaled-b", "lora-one")  # start from samples' gradients
+SIGN_INITS = ("lora-sb", "noise", "scaled-b")  # of which only the sign, so that η is needed
 BACKENDS = ("auto", "reference", "triton", "cuda")
 SIGMA_SIDES = ("B", "A")
+SPECTRAL_SCALINGS = ("relative", "absolute")
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,14 @@ class LoRASBConfig:
             layer's full name must match.
         init: `"lora-sb"` (truncated SVD of the sign of the first update, arXiv:2411.19557),
             `"lora-xs"` (truncated SVD of the weight, arXiv:2405.17604), `"orthogonal"`
-            (random orthonormal A and B, R = 0) or `"noise"` (LoRA-SB's ΔW plus noise).
+            (random orthonormal A and B, R = 0), or, training A and B without a core, `"lora"`
+            (Kaiming-uniform A, B = 0, arXiv:2106.09685) or `"lora-one"` (truncated SVD of the
+            negative gradient, arXiv:2502.01235). For ablations, LoRA-SB with another start:
+            `"noise"` (ΔW plus noise), `"kaiming-svd"` (a Kaiming-uniform matrix for ΔW) and
+            `"scaled-b"` (the same B·R·A with B = U S, R = 1/s: B is not orthonormal).
         scaling: s of the adapter `s·B·R·A`, finite and not 0.
         lora_alpha: α; when given, s = α/r and `scaling` must be left alone.
+        use_rslora: s = α/√r instead (arXiv:2312.03732).
         dropout: probability that an element of the adapter's input is dropped, in [0, 1).
         backend: kernels to run, `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
         optimal_gradient: replace the gradient of R by the optimal one for any full-rank
@@ -36,6 +47,9 @@ class LoRASBConfig:
         sigma_side: the factor that carries Σ for `"lora-xs"`, `"B"` or `"A"`.
         core_std: standard deviation of the initial R for `"lora-xs"`.
         noise_std: standard deviation of the noise added to ΔW for `"noise"`.
+        gamma: γ of `"lora-one"`.
+        spectral_scaling: what `"lora-one"` gives A and B of the singular values S, each:
+            `"relative"`, √(S/S₁)/√γ, or `"absolute"`, √γ·√S.
         seed: seed of every random draw of the initialization.
 
     Raises:
@@ -48,6 +62,7 @@ class LoRASBConfig:
     init: str = "lora-sb"
     scaling: float = 1.0
     lora_alpha: float | None = None
+    use_rslora: bool = False
     dropout: float = 0.0
     backend: str = "auto"
     optimal_gradient: bool = False
@@ -56,6 +71,8 @@ class LoRASBConfig:
     sigma_side: str = "B"
     core_std: float = 1e-5
     noise_std: float = 1e-5
+    gamma: float = 128.0
+    spectral_scaling: str = "relative"
     seed: int = 0
 
     def __post_init__(self):
@@ -68,13 +85,17 @@ class LoRASBConfig:
 
     @property
     def s(self) -> float:
-        """The adapter's scaling: α/r when `lora_alpha` is given, else `scaling`."""
-        return self.scaling if self.lora_alpha is None else self.lora_alpha / self.r
+        """The adapter's scaling: α/r (α/√r) when `lora_alpha` is given, else `scaling`."""
+        if self.lora_alpha is None:
+            return self.scaling
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def _check_types(self) -> None:
         kinds = {"r": int, "seed": int, "init": str, "backend": str, "sigma_side": str}
-        kinds |= dict.fromkeys(("optimal_gradient", "share_inputs"), bool)
-        kinds |= dict.fromkeys(("scaling", "dropout", "core_std", "noise_std"), (int, float))
+        kinds |= {"spectral_scaling": str}
+        kinds |= dict.fromkeys(("use_rslora", "optimal_gradient", "share_inputs"), bool)
+        numbers = ("scaling", "dropout", "core_std", "noise_std", "gamma")
+        kinds |= dict.fromkeys(numbers, (int, float))
         kinds |= {"lora_alpha": (int, float, type(None)), "target_modules": (str, tuple)}
         kinds |= {"modules_to_save": tuple}
         for name, kind in kinds.items():
@@ -91,6 +112,7 @@ class LoRASBConfig:
 
     def _check_ranges(self) -> None:
         choices = {"init": INITS, "backend": BACKENDS, "sigma_side": SIGMA_SIDES}
+        choices |= {"spectral_scaling": SPECTRAL_SCALINGS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 expected = ", ".join(repr(choice) for choice in allowed)
@@ -104,6 +126,12 @@ class LoRASBConfig:
                 f"scaling is {self.scaling} and lora_alpha is {self.lora_alpha}; "
                 "expected one of them, as lora_alpha means a scaling of lora_alpha / r"
             )
+        if self.use_rslora and self.lora_alpha is None:
+            raise ValueError("use_rslora is True; expected lora_alpha, as s is then α / √r")
+        if self.optimal_gradient and self.init in LORA_INITS:
+            raise ValueError(
+                f"optimal_gradient is True; expected False, as init={self.init!r} trains no core"
+            )
         if not math.isfinite(self.s) or self.s == 0:
             name = "scaling" if self.lora_alpha is None else "lora_alpha"
             raise ValueError(f"{name} is {getattr(self, name)}; expected finite and not 0")
@@ -112,6 +140,8 @@ class LoRASBConfig:
         for name in ("core_std", "noise_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number >= 0")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma is {self.gamma}; expected a finite number > 0")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected seed >= 0")
 
@@ -146,4 +176,4 @@ class LoRASBConfig:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-__all__ = ["INITS", "LoRASBConfig"]
+__all__ = ["CORE_INITS", "GRADIENT_INITS", "INITS", "LORA_INITS", "SIGN_INITS", "LoRASBConfig"]

@@ -67,7 +67,7 @@ def test_an_unused_output_has_no_influence():
         ({"weights": []}, "weights is empty"),
         ({"lora_As": []}, "lora_As has 0 items; expected 3"),
         ({"stack": True}, "expected at most 512 ranks in all"),
-        ({"ranks": True}, r"lora_Rs have ranks \[3, 4\]; expected one rank"),
+        ({"ranks": True}, r"lora_As have ranks \[3, 4\]; expected one rank"),
     ],
 )
 def test_bad_lists_are_named(change, message):
