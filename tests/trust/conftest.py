@@ -16,7 +16,7 @@ COMMON = {
     "print_blob": True,
     "suppress_health_check": list(HealthCheck),
 }
-LITTLE = settings(**COMMON, max_examples=300)
+LITTLE = settings(**COMMON, max_examples=200)
 MUCH = settings(**COMMON, max_examples=10_000)
 
 __all__ = ["LITTLE", "MUCH", "backend", "device", "dtype"]
