@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS, SIGN_INITS, LoRASBConfig
 from lorasb_kernels.init.methods import initialize
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn import LoRALinear, LoRASBLinear
 from lorasb_kernels.quantization import quantization_of
 from lorasb_kernels.quantized import QuantizedLoRASBLinear
 from lorasb_kernels.shared_input import share_inputs
@@ -31,17 +31,19 @@ def adapt(
 ) -> nn.Module:
     """Adapts `model` in place: each target becomes a `LoRASBLinear` over the same weight.
 
-    Afterwards only the `lora_R` of the targets and the parameters of `modules_to_save`
+    With an `init` that trains A and B it becomes a `LoRALinear`. Afterwards only what the
+    targets train, `lora_R` or `lora_A` and `lora_B`, and the parameters of `modules_to_save`
     require grad. If anything raises, the model is as it was.
 
     Args:
         model: the pretrained model.
         config: what to adapt and how.
-        batches: for `"lora-sb"` and `"noise"`: the samples whose gradients estimate the
-            first update, as batches the model takes (`model(**batch)` with labels), or
-            whatever `loss_fn` takes. The method's default is 1/1000 of the training set.
+        batches: for inits that start from gradients (`"lora-sb"`, `"lora-one"` and LoRA-SB's
+            ablations): the samples whose gradients estimate the first update, as batches the
+            model takes (`model(**batch)` with labels), or whatever `loss_fn` takes. LoRA-SB's
+            default is 1/1000 of the training set.
         learning_rate: η of `ΔW = −η·sign(gradient)`: the learning rate of the first
-            optimizer step.
+            optimizer step. `"lora-one"` has none.
         loss_fn: `loss_fn(model, batch)`, see `lorasb_kernels.init.estimate_updates`.
         progress: show a progress bar.
 
@@ -61,8 +63,7 @@ def adapt(
     targets = find_targets(model, config.target_modules, config.modules_to_save)
     check_adaptable(model, targets, config.r)
     saved = find_saved_modules(model, config.modules_to_save)
-    if config.init in ("lora-sb", "noise"):
-        _check_estimation(config.init, batches, learning_rate)
+    _check_estimation(config.init, batches, learning_rate)
     layers = {name: new_layer(linear, config) for name, linear in targets.items()}
     adapters = initialize(model, targets, config, batches, learning_rate, loss_fn, progress)
     for name, adapter in adapters:
@@ -74,7 +75,14 @@ def adapt(
 
 def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
     """The adapted layer over `linear` that `config` describes, factors still 0."""
-    kind = LoRASBLinear if quantization_of(linear) is None else QuantizedLoRASBLinear
+    kind = LoRALinear if config.init in LORA_INITS else LoRASBLinear
+    if quantization_of(linear) is not None:
+        if kind is LoRALinear:
+            raise ValueError(
+                f"init is {config.init!r} and a layer is quantized ({quantization_of(linear)}); "
+                "expected plain weights, or an init that trains R alone"
+            )
+        kind = QuantizedLoRASBLinear
     return kind.from_linear(
         linear,
         config.r,
@@ -93,12 +101,13 @@ def install(
     saved: dict[str, nn.Module],
     config: LoRASBConfig,
 ) -> None:
-    """Puts the layers in place and freezes everything but the cores and the saved modules."""
+    """Puts the layers in place and freezes all but what they train and the saved modules."""
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     model.requires_grad_(False)
     for layer in layers.values():
-        layer.lora_R.requires_grad_(True)
+        for name in layer.trained:
+            getattr(layer, name).requires_grad_(True)
     for module in saved.values():
         module.requires_grad_(True)
     if config.share_inputs:
@@ -107,8 +116,10 @@ def install(
 
 
 def _check_estimation(init: str, batches, learning_rate) -> None:
-    if batches is None:
+    if batches is None and init in GRADIENT_INITS:
         raise ValueError(f"batches is None; expected batches, as init={init!r} needs gradients")
+    if init not in SIGN_INITS:
+        return
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
         raise TypeError(
             f"learning_rate is {learning_rate!r}; expected a number, as init={init!r} needs η"

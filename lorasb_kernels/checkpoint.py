@@ -4,6 +4,9 @@
     subspace.safetensors     A and B of every layer, written once per initialization
     adapter.safetensors      R of every layer (fp32) and the saved modules: what training changes
 
+LoRA trains A and B: they are in `adapter.safetensors`, and `subspace.safetensors` only tells the
+frozen weights from others.
+
 LoRA-XS has no `subspace.safetensors`: its A and B are rebuilt from the frozen weights, and
 `adapter.safetensors` holds what tells them from others (see `rebuilding`).
 
@@ -66,7 +69,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     fingerprint = subspace_fingerprint(model)
     rebuilt = model.lorasb_config.init == "lora-xs"
-    if _stored_fingerprint(directory) != fingerprint:
+    if _stored(directory) != (fingerprint, model.lorasb_config):
         if not rebuilt:
             write_tensors(
                 directory / SUBSPACE_FILE,
@@ -133,9 +136,9 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
         for name, layer in layers.items():
             check_base(name, dense_weight(layer), subspace, record.get("base_model"), same)
     for name, layer in layers.items():
-        layer.set_adapter(
-            subspace[f"{name}.lora_A"], trained[f"{name}.lora_R"], subspace[f"{name}.lora_B"]
-        )
+        tensors = subspace | trained
+        names = ("lora_A", "lora_R", "lora_B")
+        layer.set_adapter(*(tensors.get(f"{name}.{factor}") for factor in names))
     with torch.no_grad():
         for name, tensor in saved_tensors(saved).items():
             tensor.copy_(trained[name])
@@ -175,22 +178,24 @@ def read_adapter(
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: `<layer>.lora_R` of every layer and the saved modules' tensors."""
+    """What training changes: the trained factors of every layer and the saved modules' tensors."""
     saved = find_saved_modules(model, model.lorasb_config.modules_to_save)
     return _trained(layers_of(model), saved)
 
 
 def subspace_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and the bits of every A and B."""
+    """SHA-256 over the names and the bits of every frozen A and B."""
     return fingerprint_of(_subspace(layers_of(model)))
 
 
 def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bits of the `lora_A` and `lora_B` tensors."""
+    """SHA-256 over the names, dtypes, shapes and bits of the `lora_A` and `lora_B` tensors.
+
+    Over the probes of the weights where there are none, as in LoRA.
+    """
     digest = hashlib.sha256()
-    for name in sorted(subspace):
-        if not name.endswith((".lora_A", ".lora_B")):
-            continue
+    factors = [name for name in subspace if name.endswith((".lora_A", ".lora_B"))]
+    for name in sorted(factors or subspace):
         tensor = subspace[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
@@ -224,8 +229,9 @@ def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
 def _subspace(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A"] = layer.lora_A
-        tensors[f"{name}.lora_B"] = layer.lora_B
+        for factor in ("lora_A", "lora_B"):
+            if factor not in layer.trained:
+                tensors[f"{name}.{factor}"] = getattr(layer, factor)
         tensors[f"{name}.weight_probe"] = _probe(dense_weight(layer))
     return tensors
 
@@ -240,8 +246,12 @@ def _probe(weight: torch.Tensor) -> torch.Tensor:
 def _trained(
     layers: dict[str, LoRASBLinear], saved: dict[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
-    cores = {f"{name}.lora_R": whole(layer.lora_R) for name, layer in layers.items()}
-    return cores | saved_tensors(saved)
+    factors = {
+        f"{name}.{factor}": whole(getattr(layer, factor))
+        for name, layer in layers.items()
+        for factor in layer.trained
+    }
+    return factors | saved_tensors(saved)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -258,17 +268,19 @@ def saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     }
 
 
-def _stored_fingerprint(directory: Path) -> str | None:
-    """The fingerprint of the subspace in `directory`; None unless its files are whole."""
+def _stored(directory: Path) -> tuple[str, LoRASBConfig] | None:
+    """The fingerprint of the subspace in `directory` and the configuration beside it; None
+    unless its files are whole."""
     try:
         record, config = _read_record(directory)
         if config.init == "lora-xs":
-            return record["subspace"]
+            return record["subspace"], config
         with safe_open(directory / SUBSPACE_FILE, framework="pt") as file:
             metadata = file.metadata() or {}
     except (FileNotFoundError, ValueError, SafetensorError, OSError):
         return None
-    return record["subspace"] if metadata.get("subspace") == record["subspace"] else None
+    whole = metadata.get("subspace") == record["subspace"]
+    return (record["subspace"], config) if whole else None
 
 
 def _read_record(directory: Path) -> tuple[dict, LoRASBConfig]:

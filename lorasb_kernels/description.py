@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.config import LORA_INITS, LoRASBConfig
 from lorasb_kernels.quantization import frozen_bytes, parameter_count, weight_dtype
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -17,7 +17,10 @@ from lorasb_kernels.targets import (
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One adapted layer: m×n weight, rank r; counts in elements, sizes in bytes."""
+    """One adapted layer: m×n weight, rank r; counts in elements, sizes in bytes.
+
+    `subspace` counts the frozen A and B: 0 in LoRA, where they are `trainable`.
+    """
 
     name: str
     out_features: int
@@ -43,7 +46,7 @@ class Description:
 
     @property
     def trainable(self) -> int:
-        """Trainable elements of the cores."""
+        """Trainable elements of the adapters."""
         return sum(layer.trainable for layer in self.layers)
 
     def __str__(self) -> str:
@@ -82,8 +85,8 @@ class Description:
         rule = "-" * max(len(line) for line in lines)
         share = 100 * (self.trainable + self.other_trainable) / max(self.total, 1)
         note = (
-            f"trainable: {self.trainable:,} in cores, {self.other_trainable:,} in saved modules; "
-            f"{share:.4f} % of {self.total:,} parameters"
+            f"trainable: {self.trainable:,} in adapters, {self.other_trainable:,} in saved "
+            f"modules; {share:.4f} % of {self.total:,} parameters"
         )
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
 
@@ -103,34 +106,42 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
         if not layers:
             raise ValueError("the model holds no adapter; expected one, or a config to plan with")
         ranks = {name: layer.r for name, layer in layers.items()}
-        cores = {id(layer.lora_R) for layer in layers.values()}
-        other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in cores)
-        total = parameter_count(model) - sum(layer.lora_R.numel() for layer in layers.values())
+        without_core = next(iter(layers.values())).lora_R is None
+        adapters = [p for layer in layers.values() for p in layer.factors().values()]
+        trained = {id(p): p.numel() for p in adapters if isinstance(p, nn.Parameter)}
+        other = sum(
+            p.numel() for p in model.parameters() if p.requires_grad and id(p) not in trained
+        )
+        total = parameter_count(model) - sum(trained.values())
     else:
         refuse_adapted(model)
         layers = find_targets(model, config.target_modules, config.modules_to_save)
         for name, linear in layers.items():
             check_rank(name, linear, config.r)
         ranks = dict.fromkeys(layers, config.r)
+        without_core = config.init in LORA_INITS
         saved = find_saved_modules(model, config.modules_to_save)
         other = sum(p.numel() for module in saved.values() for p in module.parameters())
         total = parameter_count(model)
-    described = tuple(_describe_layer(name, layers[name], ranks[name]) for name in layers)
+    described = tuple(
+        _describe_layer(name, layers[name], ranks[name], without_core) for name in layers
+    )
     return Description(described, other, total)
 
 
-def _describe_layer(name: str, linear: nn.Linear, r: int) -> LayerDescription:
+def _describe_layer(name: str, linear: nn.Linear, r: int, without_core: bool) -> LayerDescription:
     m, n = linear.out_features, linear.in_features
-    item = weight_dtype(linear).itemsize
+    factors = r * (m + n)
+    trained, frozen = (factors, 0) if without_core else (r * r, factors)
     return LayerDescription(
         name=name,
         out_features=m,
         in_features=n,
         r=r,
-        trainable=r * r,
-        subspace=r * (m + n),
+        trainable=trained,
+        subspace=frozen,
         frozen_bytes=frozen_bytes(linear),
-        adapter_bytes=r * (m + n) * item + r * r * 4,
+        adapter_bytes=frozen * weight_dtype(linear).itemsize + trained * 4,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 
 from lorasb_kernels.ops.backend import choose_backend, resolve_backend
 from lorasb_kernels.ops.expand.route import plan_route
+from lorasb_kernels.ops.factor_gradient.tiles import factor_splits, factor_tile
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
@@ -18,6 +19,7 @@ from lorasb_kernels.ops.tiles import (
     rank_tiles,
     row_splits,
 )
+from lorasb_kernels.quantization import weight_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def explain(
     """Says how a layer runs: backend, route, tiles, splits, and the reason for each.
 
     Args:
-        layer_or_shape: a `LoRASBLinear`, or its shape `(m, n, r)`.
+        layer_or_shape: a `LoRASBLinear` or `LoRALinear`, or the shape `(m, n, r)` of the first.
         tokens: M, rows of the input.
         backend: default: the layer's, or `"auto"`.
         dtype: default: the weight's, or bf16.
@@ -75,12 +77,14 @@ def explain(
     """
     if hasattr(layer_or_shape, "lora_R"):
         m, n = layer_or_shape.out_features, layer_or_shape.in_features
-        factor, r = layer_or_shape.lora_A, layer_or_shape.lora_R.shape[0]
-        dtype, device = dtype or factor.dtype, device or factor.device
+        r, trained = layer_or_shape.r, layer_or_shape.trained
+        dtype = dtype or weight_dtype(layer_or_shape)
+        device = device or layer_or_shape.lora_A.device
         backend = backend or layer_or_shape.backend
         dropout_p = layer_or_shape.dropout_p if dropout_p is None else dropout_p
     elif isinstance(layer_or_shape, tuple) and len(layer_or_shape) == 3:
         m, n, r = layer_or_shape
+        trained = ("lora_R",)
     else:
         raise TypeError(f"layer_or_shape is {layer_or_shape!r}; expected a layer or (m, n, r)")
     dtype = dtype or torch.bfloat16
@@ -94,7 +98,7 @@ def explain(
         raise ValueError(f"arch is {arch!r}; expected one of {ARCHITECTURES}")
     steps = ()
     if backend == "triton":
-        steps = _triton_steps(tokens, m, n, r, dtype, (dropout_p or 0) > 0, arch, sms)
+        steps = _triton_steps(tokens, m, n, r, dtype, (dropout_p or 0) > 0, arch, sms, trained)
     return Explanation(backend, reason, steps)
 
 
@@ -104,7 +108,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     return resolve_backend(backend, device, dtype), "asked for by name"
 
 
-def _triton_steps(M, m, n, r, dtype, dropout, arch, sms) -> tuple[Step, ...]:
+def _triton_steps(M, m, n, r, dtype, dropout, arch, sms, trained) -> tuple[Step, ...]:
     width, tiles = rank_tiles(r)
     partial = gradient_tile(arch, dtype)
     parts = row_splits(M, partial)[0]
@@ -120,6 +124,18 @@ def _triton_steps(M, m, n, r, dtype, dropout, arch, sms) -> tuple[Step, ...]:
         )
         return Step(operation, "projection kernel", tile, reason)
 
+    def factor_gradient(operation: str, columns: int, masked: bool) -> Step:
+        tile = factor_tile(arch, dtype, r, masked)
+        parts = factor_splits(-(-columns // tile.BLOCK_N), M, r, tile, sms)[0]
+        reason = f"rank {r} as {tiles} tiles of {width}; rows summed in {parts} parts by shape"
+        return Step(operation, "factor gradient kernel", tile, reason)
+
+    gradients = {
+        "lora_R": gradient,
+        "lora_A": factor_gradient("dA", n, dropout),
+        "lora_B": factor_gradient("dB", m, False),
+    }
+
     def product(operation: str, N: int, K: int, transposed: bool, masked: bool) -> Step:
         route = plan_route(arch, dtype, M, N, K, r, transposed, masked)
         ours = route.name != "two_call" or masked
@@ -128,8 +144,8 @@ def _triton_steps(M, m, n, r, dtype, dropout, arch, sms) -> tuple[Step, ...]:
     return (
         projection("shrink", n),
         product("expand", m, n, transposed=False, masked=False),
-        projection("core_backward", m),
-        gradient,
+        projection("core_backward" if "lora_R" in trained else "q", m),
+        *(gradients[name] for name in trained),
         product("dx", n, m, transposed=True, masked=dropout),
     )
 

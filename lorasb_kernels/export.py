@@ -3,7 +3,7 @@
     s·B·R·A x  =  B' A' x      with  A' = R·A [r, n]  and  B' = s·B [m, r]
 
 so an adapter of this library is a LoRA adapter of the same rank with `lora_alpha = r`, and
-whatever serves LoRA serves it. The r² trained numbers become r·(m + n).
+whatever serves LoRA serves it. The r² trained numbers become r·(m + n); LoRA's stay as many.
 """
 
 import json
@@ -38,7 +38,7 @@ def export_peft(
 ) -> None:
     """Writes the adapters of `model` as a LoRA adapter in peft's format.
 
-    `A' = R·A` and `B' = s·B` are computed in fp32 and rounded once to `dtype`.
+    `A' = R·A` (A, without a core) and `B' = s·B` are computed in fp32 and rounded once to `dtype`.
 
     Args:
         model: an adapted model.
@@ -59,9 +59,9 @@ def export_peft(
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged; expected unmerge() before exporting")
-        exact = layer.lora_R.dtype
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_R @ layer.lora_A.to(exact)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.scaling * layer.lora_B.to(exact)
+        lora_A, lora_B = layer.plain_lora()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -2,6 +2,8 @@
 
     W' = round(W + s·B·R·A)     product and sum in fp32, one rounding to the dtype of W
 
+Without R for LoRA.
+
 No model is built: each safetensors file of the base is read, its adapted weights changed, and
 written under the same name, so the memory needed is that of the largest file.
 """
@@ -92,11 +94,11 @@ class _Merger:
         self.keys = frozenset(keys)
         for name, tensor in self.trained.items():
             layer, _, part = name.rpartition(".")
-            if part == "lora_R":
+            if part in ("lora_R", "lora_A"):
                 self.layers[_key_of(f"{layer}.weight", keys)] = layer
-            elif part not in ("lora_A_probe", "lora_B_probe"):
+            elif part not in ("lora_B", "lora_A_probe", "lora_B_probe"):
                 self.replaced[_key_of(name, keys)] = tensor
-        expected = sum(name.endswith(".lora_R") for name in self.trained)
+        expected = sum(name.endswith((".lora_R", ".lora_A")) for name in self.trained)
         if not expected or len(self.layers) != expected:
             raise ValueError(
                 f"{self.directory} has {expected} adapted layers, which are {len(self.layers)} "
@@ -121,14 +123,16 @@ class _Merger:
                 f"{key} has dtype {tensor.dtype}, so the base model is quantized; expected the "
                 "model it was quantized from, to merge into without rounding the adapter away"
             )
-        core, (lora_A, lora_B) = self.trained[f"{name}.lora_R"], self._factors(name, tensor)
+        lora_A, lora_B = self._factors(name, tensor)
         if tensor.shape != (lora_B.shape[0], lora_A.shape[1]):
             raise ValueError(
                 f"{key} has shape {tuple(tensor.shape)}; expected "
                 f"{(lora_B.shape[0], lora_A.shape[1])}, as in the adapter"
             )
-        exact = core.dtype
-        delta = self.config.s * (lora_B.to(exact) @ core) @ lora_A.to(exact)
+        exact = torch.promote_types(lora_A.dtype, torch.float32)
+        lora_A, lora_B = lora_A.to(exact), self.config.s * lora_B.to(exact)
+        core = self.trained.get(f"{name}.lora_R")
+        delta = lora_B @ (lora_A if core is None else core @ lora_A)
         result = (tensor.to(exact) + delta).to(tensor.dtype)
         if not result.isfinite().all():
             raise ValueError(f"{key} would not be finite; nothing was written")
@@ -137,7 +141,8 @@ class _Merger:
     def _factors(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.subspace is not None:
             check_base(name, weight, self.subspace, self.base_model, self.trained_on_plain_weights)
-            return self.subspace[f"{name}.lora_A"], self.subspace[f"{name}.lora_B"]
+            tensors = self.subspace | self.trained
+            return tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
         # As a layer holds them: rounded to the dtype of the weight.
         lora_A, lora_B = (f.to(weight.dtype) for f in rebuild_factors(name, weight, self.config))
         check_rebuilt(factor_probes(name, lora_A, lora_B), self.trained, self.base_model)

@@ -1,6 +1,7 @@
-"""`LoRASBLinear`: a frozen `nn.Linear` with an adapter whose r×r core is trained."""
+"""A frozen `nn.Linear` with an adapter: `LoRASBLinear` trains its core, `LoRALinear` A and B."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,10 @@ class LoRASBLinear(nn.Linear):
 
     Raises:
         ValueError: r outside 1 … min(m, n), a scaling that is 0 or not finite, dropout
-            outside [0, 1).
+            outside [0, 1), the optimal gradient of a core that is not there.
     """
+
+    trained: ClassVar[tuple[str, ...]] = ("lora_R",)
 
     def __init__(
         self,
@@ -75,6 +78,8 @@ class LoRASBLinear(nn.Linear):
             raise ValueError(f"scaling is {scaling}; expected finite and not 0")
         if not 0 <= dropout_p < 1:
             raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+        if optimal_gradient and "lora_R" not in self.trained:
+            raise ValueError("optimal_gradient is True; expected False: LoRA trains no core")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -88,16 +93,33 @@ class LoRASBLinear(nn.Linear):
         self.merged = False
         self.shared_input = None  # set by `share_inputs`: the siblings computed together
         self._original_weight: torch.Tensor | None = None
-        factory = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.register_buffer("lora_A", torch.empty(r, in_features, **factory))
-        self.register_buffer("lora_B", torch.empty(out_features, r, **factory))
-        core_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.lora_R = nn.Parameter(torch.zeros(r, r, device=factory["device"], dtype=core_dtype))
+        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_R": (r, r)}
+        for name, shape in shapes.items():
+            self._register_factor(name, shape)
         self.register_buffer("gradient_left", None, persistent=False)
         self.register_buffer("gradient_right", None, persistent=False)
         self.register_load_state_dict_post_hook(lambda layer, _: layer._set_gradient_factors())
         if not self.weight.is_meta:
             self.reset_adapter()
+
+    def _register_factor(self, name: str, shape: tuple[int, int]) -> None:
+        dtype, device = self.weight.dtype, self.weight.device
+        if name in self.trained:
+            dtype = torch.promote_types(dtype, torch.float32)
+            factor = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            self.register_parameter(name, factor)
+        else:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """The adapter's factors by name, `lora_R` only where there is a core."""
+        named = {name: getattr(self, name) for name in ("lora_A", "lora_R", "lora_B")}
+        return {name: factor for name, factor in named.items() if factor is not None}
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """The dtype of what is trained, and of merging: fp32 (fp64 with an fp64 weight)."""
+        return getattr(self, self.trained[0]).dtype
 
     @classmethod
     def from_linear(
@@ -108,7 +130,7 @@ class LoRASBLinear(nn.Linear):
         Args:
             linear: the layer to adapt.
             r: rank.
-            reset: draw random orthonormal A and B; otherwise the factors are 0 until
+            reset: draw the factors with `reset_adapter`; otherwise they are 0 until
                 `set_adapter` gives them.
             options: keyword arguments of the constructor, from `scaling` to `init`.
         """
@@ -122,10 +144,9 @@ class LoRASBLinear(nn.Linear):
             **options,
         )
         layer._hold(linear)
-        device = linear.weight.device
-        layer.lora_A = torch.zeros_like(layer.lora_A, device=device)
-        layer.lora_B = torch.zeros_like(layer.lora_B, device=device)
-        layer.lora_R = nn.Parameter(torch.zeros_like(layer.lora_R, device=device))
+        for name, factor in layer.factors().items():
+            zeros = torch.zeros_like(factor, device=linear.weight.device)
+            setattr(layer, name, nn.Parameter(zeros) if name in cls.trained else zeros)
         layer.train(linear.training)
         if reset and not linear.weight.is_meta:
             layer.reset_adapter()
@@ -167,24 +188,25 @@ class LoRASBLinear(nn.Linear):
         self._set_gradient_factors()
 
     @torch.no_grad()
-    def set_adapter(self, lora_A: torch.Tensor, lora_R: torch.Tensor, lora_B: torch.Tensor):
-        """Copies the three factors in; A and B are rounded to the weight's dtype.
+    def set_adapter(
+        self, lora_A: torch.Tensor, lora_R: torch.Tensor | None, lora_B: torch.Tensor
+    ) -> None:
+        """Copies the factors in, rounded to the dtypes of the layer's own.
 
         Raises:
-            ValueError: a factor of the wrong shape.
+            ValueError: a factor of the wrong shape, or a core for a layer without one.
             RuntimeError: the adapter is merged.
         """
         if self.merged:
             raise RuntimeError("the adapter is merged; expected unmerge() before set_adapter()")
-        for name, value in (("lora_A", lora_A), ("lora_R", lora_R), ("lora_B", lora_B)):
-            own = getattr(self, name)
-            if value.shape != own.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; expected {tuple(own.shape)}"
-                )
-        self.lora_A.copy_(lora_A)
-        self.lora_R.copy_(lora_R)
-        self.lora_B.copy_(lora_B)
+        given = {"lora_A": lora_A, "lora_R": lora_R, "lora_B": lora_B}
+        for name, value in given.items():
+            own = self.factors().get(name)
+            shape, expected = (None if t is None else tuple(t.shape) for t in (value, own))
+            if shape != expected:
+                raise ValueError(f"{name} has shape {shape}; expected {expected}")
+        for name, own in self.factors().items():
+            own.copy_(given[name])
         self._set_gradient_factors()
 
     @torch.no_grad()
@@ -233,10 +255,19 @@ class LoRASBLinear(nn.Linear):
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:
-        """`s·B·R·A`, [m, n], computed and returned in the dtype of R (fp32)."""
-        dtype = self.lora_R.dtype
-        with torch.autocast(self.lora_R.device.type, enabled=False):
-            return self.scaling * (self.lora_B.to(dtype) @ self.lora_R) @ self.lora_A.to(dtype)
+        """`s·B·R·A`, [m, n], computed and returned in fp32 (fp64 with an fp64 weight)."""
+        lora_A, lora_B = self.plain_lora()
+        with torch.autocast(lora_A.device.type, enabled=False):
+            return lora_B @ lora_A
+
+    @torch.no_grad()
+    def plain_lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' = R·A [r, n] and B' = s·B [m, r], the same adapter as LoRA without core or scaling."""
+        lora_A, lora_B = (factor.to(self.master_dtype) for factor in (self.lora_A, self.lora_B))
+        if self.lora_R is not None:
+            with torch.autocast(lora_A.device.type, enabled=False):
+                lora_A = self.lora_R @ lora_A
+        return lora_A, self.scaling * lora_B
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, keep_original: bool = False) -> None:
@@ -251,7 +282,7 @@ class LoRASBLinear(nn.Linear):
         """
         if self.merged:
             return
-        merged = (self.weight.to(self.lora_R.dtype) + self.get_delta_weight()).to(self.weight.dtype)
+        merged = (self.weight.to(self.master_dtype) + self.get_delta_weight()).to(self.weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError("the merged weight is not finite; the adapter seems to be broken")
         if keep_original:
@@ -269,29 +300,23 @@ class LoRASBLinear(nn.Linear):
             self.weight.copy_(self._original_weight)
             self._original_weight = None
         else:
-            self.weight.copy_(self.weight.to(self.lora_R.dtype) - self.get_delta_weight())
+            self.weight.copy_(self.weight.to(self.master_dtype) - self.get_delta_weight())
         self.merged = False
 
     def _apply(self, fn, recurse=True):
-        """Moves R and its gradient between devices but never out of fp32."""
-        kept = {
-            id(tensor)
-            for tensor in (
-                self.lora_R,
-                self.lora_R.grad,
-                self.gradient_left,
-                self.gradient_right,
-            )
-            if tensor is not None
-        }
+        """Moves what is trained and its gradient between devices but never out of fp32."""
+        masters = [self.gradient_left, self.gradient_right]
+        for name in self.trained:
+            masters += [getattr(self, name), getattr(self, name).grad]
+        kept = {id(tensor) for tensor in masters if tensor is not None}
 
-        def keep_core_dtype(tensor):
+        def keep_master_dtype(tensor):
             result = fn(tensor)
             if id(tensor) in kept and result.dtype != tensor.dtype:
                 return tensor.to(result.device)
             return result
 
-        return super()._apply(keep_core_dtype, recurse)
+        return super()._apply(keep_master_dtype, recurse)
 
     def extra_repr(self) -> str:
         parts = [
@@ -305,4 +330,40 @@ class LoRASBLinear(nn.Linear):
         return ", ".join(parts)
 
 
-__all__ = ["LoRASBLinear"]
+class LoRALinear(LoRASBLinear):
+    """`y = x (W + s·B·A)ᵀ + bias` with W and bias frozen, A and B trained (arXiv:2106.09685).
+
+    The same layer without a core: `lora_R` is None, and `lora_A` [r, n] and `lora_B` [m, r] are
+    fp32 parameters that stay fp32 under `half()`, `bfloat16()` and `to(dtype)` and are used in
+    the dtype of the input. A new layer has Kaiming-uniform A and B = 0: it computes the frozen
+    layer. Arguments as for `LoRASBLinear`; there is no optimal gradient of a core.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+
+    def _register_factor(self, name: str, shape: tuple[int, int]) -> None:
+        if name == "lora_R":
+            self.register_parameter(name, None)
+        else:
+            super()._register_factor(name, shape)
+
+    @torch.no_grad()
+    def reset_adapter(self, generator: torch.Generator | None = None) -> None:
+        """A uniform in ±1/√n (Kaiming's bound with a = √5, as in peft), B = 0.
+
+        Args:
+            generator: CPU generator of the draws; the global one when None.
+        """
+        self.lora_A.copy_(kaiming_uniform(self.lora_A.shape, generator))
+        self.lora_B.zero_()
+
+
+def kaiming_uniform(
+    shape: tuple[int, int], generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Uniform in ±1/√n for a weight [m, n]: what `nn.Linear` and LoRA's A start from, fp32."""
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+__all__ = ["LoRALinear", "LoRASBLinear", "kaiming_uniform"]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.checkpoint import layers_of
+from lorasb_kernels.config import LORA_INITS
 
 
 class PackedCores:
@@ -40,12 +41,17 @@ class PackedCores:
         parameter: fp32 [Σ r²], the cores one after another in module order.
 
     Raises:
-        ValueError: the model holds no adapter, cores on several devices or of several dtypes,
-            or cores that do not require grad.
+        ValueError: the model holds no adapter or one without cores (LoRA), cores on
+            several devices or of several dtypes, or cores that do not require grad.
     """
 
     def __init__(self, model: nn.Module):
         layers = layers_of(model)
+        if model.lorasb_config.init in LORA_INITS:
+            raise ValueError(
+                f"the model's init is {model.lorasb_config.init!r}, which trains A and B; "
+                "expected adapters that train cores"
+            )
         self._cores = {name: layer.lora_R for name, layer in layers.items()}
         first = next(iter(self._cores.values()))
         for name, core in self._cores.items():

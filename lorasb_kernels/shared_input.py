@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import lorasb_group
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn import LoRALinear, LoRASBLinear
 
 # Children of one module that read the same tensor, in the supported architectures.
 SIBLINGS = (
@@ -89,8 +89,13 @@ class SharedInput:
             self._stacked_A(),
         )
 
-    def _stacked_A(self) -> torch.Tensor:
-        """The A's of the layers one above the other, kept until one of them changes."""
+    def _stacked_A(self) -> torch.Tensor | None:
+        """The A's of the layers one above the other, kept until one of them changes.
+
+        None where they are trained: then each forward pass stacks them for itself.
+        """
+        if "lora_A" in self.layers[0].trained:
+            return None
         state = [(layer.lora_A, layer.lora_A._version) for layer in self.layers]
         if self._stacked is not None:
             known, stacked = self._stacked
@@ -120,7 +125,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
             continue
         for siblings in SIBLINGS:
             layers = [getattr(parent, child, None) for child in siblings]
-            if all(type(layer) is LoRASBLinear for layer in layers):
+            if {type(layer) for layer in layers} in ({LoRASBLinear}, {LoRALinear}):
                 group = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = group

@@ -1,36 +1,47 @@
-"""The named initializations: from a layer (and its gradient signs) to A, R and B.
+"""The named initializations: from a layer (and its gradient) to A, R and B.
 
 lora-sb      ΔW = −η·sign(Σ ∂L/∂W) ≈ U S Vᵀ     B = U, A = Vᵀ, R = S/s       (arXiv:2411.19557)
 lora-xs      W ≈ U S Vᵀ                         B = U S, A = Vᵀ, R ~ N(0, σ²)  (arXiv:2405.17604)
 noise        ΔW + N(0, σ²) ≈ U S Vᵀ             as lora-sb                    (ibid., table 5)
+kaiming-svd  U(±1/√n) ≈ U S Vᵀ                  as lora-sb                    (ibid.)
+scaled-b     ΔW ≈ U S Vᵀ                        B = U S, A = Vᵀ, R = 1/s      (ibid.)
 orthogonal   random orthonormal A and B, R = 0
+lora         A ~ U(±1/√n), B = 0, no R                                        (arXiv:2106.09685)
+lora-one     −mean ∂L/∂W ≈ U S Vᵀ               B = U·d, A = d·Vᵀ, no R       (arXiv:2502.01235)
+             d = √(S/S₁)/√γ ("relative", the published code's) or √γ·√S ("absolute")
+
+LoRA-GA (arXiv:2407.05000) is not among them: it subtracts the adapter's initial product from W,
+so its adapters fit no longer the base model that they are saved for.
 """
 
+import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lorasb_kernels.config import LoRASBConfig
-from lorasb_kernels.init.estimate import estimate_updates
+from lorasb_kernels.config import SIGN_INITS, LoRASBConfig
+from lorasb_kernels.init import ranks
+from lorasb_kernels.init.estimate import estimate_gradients, estimate_updates
+from lorasb_kernels.init.losses import sample_count
 from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd import BATCH, truncated_svd, truncated_svd_batch
+from lorasb_kernels.nn import kaiming_uniform
 from lorasb_kernels.quantization import dense_weight
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Adapter:
     """Initial factors of one layer, fp32: `lora_A` [r, n], `lora_R` [r, r], `lora_B` [m, r].
 
-    `report` says how the truncated SVD went, None where there was none.
+    `lora_R` is None for LoRA. `report` says how the truncated SVD went, None where there was none.
     """
 
     lora_A: torch.Tensor
-    lora_R: torch.Tensor
+    lora_R: torch.Tensor | None
     lora_B: torch.Tensor
     report: LayerReport | None = None
 
@@ -82,6 +93,53 @@ def noise(
     update = signs.to_dense(torch.float32) * -eta + noise.to(signs.device)
     svd = truncated_svd(update, r, generator=generator)
     return Adapter(svd.V.T, torch.diag(svd.S / scaling), svd.U, LayerReport.of(svd))
+
+
+def kaiming_svd(
+    shape: torch.Size, r: int, scaling: float, generator: torch.Generator, device: torch.device
+) -> Adapter:
+    """LoRA-SB's factors of a Kaiming-uniform matrix in the place of the update."""
+    update = kaiming_uniform(tuple(shape), generator).to(device)
+    svd = truncated_svd(update, r, generator=generator)
+    return Adapter(svd.V.T, torch.diag(svd.S / scaling), svd.U, LayerReport.of(svd))
+
+
+def scaled_b(adapter: Adapter, scaling: float) -> Adapter:
+    """The same product as `adapter`, LoRA-SB's, with the singular values in B and R = 1/s."""
+    r = adapter.lora_R.shape[0]
+    lora_B = scaling * adapter.lora_B @ adapter.lora_R
+    identity = torch.eye(r, device=lora_B.device) / scaling
+    return dataclasses.replace(adapter, lora_R=identity, lora_B=lora_B)
+
+
+def lora(m: int, n: int, r: int, generator: torch.Generator) -> Adapter:
+    """LoRA: Kaiming-uniform A, B = 0."""
+    return Adapter(kaiming_uniform((r, n), generator), None, torch.zeros(m, r))
+
+
+def lora_one(
+    gradient: torch.Tensor, r: int, gamma: float, spectral_scaling: str, generator: torch.Generator
+) -> Adapter:
+    """LoRA-One: the singular subspaces of the negative gradient, the spectrum shared by A and B.
+
+    W stays as it is: the model starts at `W + s·B·A`, which for `"absolute"` is a step of size
+    s·γ along the best rank-r approximation of the negative gradient. Where the gradient is zero,
+    A and B are zero, too, and stay so.
+
+    Args:
+        gradient: ∂L/∂W of the mean loss over samples, [m, n].
+        r: rank.
+        gamma: γ.
+        spectral_scaling: `"relative"` for √(S/S₁)/√γ each, `"absolute"` for √γ·√S.
+        generator: draws the start of the SVD.
+    """
+    svd = truncated_svd(-gradient, r, generator=generator)
+    if spectral_scaling == "relative":
+        largest = svd.S[0].clamp_min(torch.finfo(svd.S.dtype).tiny)
+        d = (svd.S / largest / gamma).sqrt()
+    else:
+        d = (svd.S * gamma).sqrt()
+    return Adapter(d[:, None] * svd.V.T, None, svd.U * d, LayerReport.of(svd))
 
 
 def lora_xs(
@@ -146,12 +204,16 @@ def initialize(
 
     The model comes out as it went in. Arguments as for `lorasb_kernels.adapt`.
     """
-    if config.init in ("lora-sb", "noise"):
+    if config.init == "lora-one":
+        yield from _lora_one(model, targets, config, batches, loss_fn, progress)
+        return
+    if config.init in SIGN_INITS:
         updates = estimate_updates(
             model, batches, list(targets), loss_fn=loss_fn, progress=progress
         )
-        if config.init == "lora-sb":
-            yield from _lora_sb_in_batches(updates, config, eta)
+        if config.init in ("lora-sb", "scaled-b"):
+            for name, adapter in _lora_sb_in_batches(updates, config, eta):
+                yield name, adapter if config.init == "lora-sb" else scaled_b(adapter, config.s)
             return
         for name, signs in updates:
             generator = layer_generator(config.seed, name)
@@ -162,8 +224,41 @@ def initialize(
         weight = dense_weight(linear)
         if config.init == "lora-xs":
             yield name, lora_xs(weight, config.r, config.core_std, config.sigma_side, generator)
+        elif config.init == "kaiming-svd":
+            yield name, kaiming_svd(weight.shape, config.r, config.s, generator, weight.device)
+        elif config.init == "lora":
+            yield name, lora(*weight.shape, config.r, generator)
         else:
             yield name, orthogonal(weight, config.r, generator)
 
 
-__all__ = ["Adapter", "initialize", "lora_sb", "lora_xs", "noise", "orthogonal"]
+def _lora_one(
+    model, targets, config: LoRASBConfig, batches, loss_fn, progress
+) -> Iterator[tuple[str, Adapter]]:
+    batches = list(batches)
+    gradients = estimate_gradients(
+        model, batches, list(targets), loss_fn=loss_fn, progress=progress
+    )
+    samples = 1
+    if config.spectral_scaling == "absolute":  # the relative one does not depend on the scale
+        device = next(iter(targets.values())).weight.device
+        count = torch.tensor(sum(map(sample_count, batches)), device=device)
+        samples = ranks.sum_(count).item()
+    for name, total in gradients:
+        generator = layer_generator(config.seed, name)
+        options = (config.r, config.gamma, config.spectral_scaling, generator)
+        yield name, lora_one(total / samples, *options)
+
+
+__all__ = [
+    "Adapter",
+    "initialize",
+    "kaiming_svd",
+    "lora",
+    "lora_one",
+    "lora_sb",
+    "lora_xs",
+    "noise",
+    "orthogonal",
+    "scaled_b",
+]

@@ -1,0 +1,148 @@
+"""Each initialization against a float64 transcription of its paper."""
+
+import math
+
+import pytest
+import torch
+
+from lorasb_kernels import LoRASBConfig, adapt
+from lorasb_kernels.init.methods import kaiming_svd, lora_one, lora_sb, scaled_b
+from lorasb_kernels.init.sign_matrix import SignMatrix
+from lorasb_kernels.targets import adapted_layers
+from tests.models import batches, build
+
+R, GAMMA = 6, 16.0
+
+
+def gradient(m=40, n=28, seed=0):
+    """A gradient with a falling spectrum, fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    spectrum = 3.0 * 0.8 ** torch.arange(n, dtype=torch.float64)
+    return (left * spectrum @ right.T).float()
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+def lora_one_of_the_paper(g, r, gamma, spectral_scaling):
+    """arXiv:2502.01235: B₀ and A₀ from the SVD of −∇L, in float64; returns B₀A₀ and d."""
+    U, S, Vt = torch.linalg.svd(-g.double(), full_matrices=False)
+    if spectral_scaling == "relative":  # the published code: √S/√S₁, then /√γ
+        d = S[:r].sqrt() / S[0].sqrt() / math.sqrt(gamma)
+    else:  # algorithm 1: √γ·√S
+        d = math.sqrt(gamma) * S[:r].sqrt()
+    return (U[:, :r] * d) @ (d[:, None] * Vt[:r]), d
+
+
+@pytest.mark.parametrize("spectral_scaling", ["relative", "absolute"])
+def test_lora_one(spectral_scaling):
+    g = gradient()
+    adapter = lora_one(g, R, GAMMA, spectral_scaling, generator())
+    product, d = lora_one_of_the_paper(g, R, GAMMA, spectral_scaling)
+    assert adapter.lora_R is None
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close((adapter.lora_B @ adapter.lora_A).double(), product, **close)
+    # The spectrum is shared: AAᵀ = BᵀB = diag(d²).
+    squares = torch.diag(d**2).float()
+    torch.testing.assert_close(adapter.lora_A @ adapter.lora_A.T, squares, **close)
+    torch.testing.assert_close(adapter.lora_B.T @ adapter.lora_B, squares, **close)
+
+
+def test_lora_one_starts_downhill_along_the_best_rank_r_step():
+    """ "absolute": B₀A₀ is γ times the best rank-r approximation of the negative gradient."""
+    g = gradient()
+    adapter = lora_one(g, R, GAMMA, "absolute", generator())
+    product = adapter.lora_B @ adapter.lora_A
+    assert (g * product).sum() < 0
+    U, S, Vt = torch.linalg.svd(g, full_matrices=False)
+    best = (U[:, :R] * S[:R]) @ Vt[:R]
+    torch.testing.assert_close(product, -GAMMA * best, rtol=1e-3, atol=1e-3)
+
+
+def test_lora_one_of_a_zero_gradient_is_zero():
+    for spectral_scaling in ("relative", "absolute"):
+        adapter = lora_one(torch.zeros(8, 6), 2, GAMMA, spectral_scaling, generator())
+        assert not adapter.lora_A.any()
+        assert not adapter.lora_B.any()
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.25])
+def test_scaled_b_is_the_same_adapter_with_sigma_in_b(scaling):
+    signs = SignMatrix.from_dense(gradient().sign())
+    (plain,) = lora_sb([signs], R, 1e-2, scaling, generator())
+    scaled = scaled_b(plain, scaling)
+
+    def product(adapter):
+        return scaling * adapter.lora_B @ adapter.lora_R @ adapter.lora_A
+
+    torch.testing.assert_close(product(scaled), product(plain), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scaled.lora_R, torch.eye(R) / scaling)
+    S = torch.linalg.svdvals(-1e-2 * gradient().sign().double())[:R].float()
+    torch.testing.assert_close(scaled.lora_B.norm(dim=0), S, rtol=1e-3, atol=1e-6)
+
+
+def test_kaiming_svd_decomposes_a_kaiming_uniform_matrix():
+    m, n, s = 60, 36, 0.5
+    adapter = kaiming_svd(torch.Size((m, n)), n, s, generator(), torch.device("cpu"))
+    product = s * adapter.lora_B @ adapter.lora_R @ adapter.lora_A  # full rank: the matrix itself
+    bound = 1 / math.sqrt(n)
+    assert product.abs().max() <= bound * 1.001
+    torch.testing.assert_close(product.std().item(), bound / math.sqrt(3), rtol=0.05, atol=0)
+    torch.testing.assert_close(adapter.lora_B.T @ adapter.lora_B, torch.eye(n), rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def full_gradients():
+    """∂L/∂W of the mean loss over all samples, by ordinary backward passes."""
+    model, data = build("roberta").double(), batches("roberta")
+    for parameter in model.parameters():
+        parameter.grad = None
+    count = sum(len(batch["labels"]) for batch in data)
+    for batch in data:
+        (model(**batch).loss * len(batch["labels"]) / count).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("spectral_scaling", ["relative", "absolute"])
+def test_lora_one_on_a_model(full_gradients, spectral_scaling):
+    """From the estimation engine; W is not offset, and s does not enter the factors."""
+    plain = build("roberta").double()
+    config = LoRASBConfig(
+        3,
+        ("query", "value"),
+        "lora-one",
+        lora_alpha=6.0,
+        use_rslora=True,
+        gamma=GAMMA,
+        spectral_scaling=spectral_scaling,
+    )
+    model = adapt(build("roberta").double(), config, batches("roberta"), progress=False)
+    for name, layer in adapted_layers(model).items():
+        assert layer.scaling == 6 / math.sqrt(3)
+        g = full_gradients[f"{name}.weight"]
+        product, _ = lora_one_of_the_paper(g, 3, GAMMA, spectral_scaling)
+        scale = product.abs().max()
+        difference = (layer.lora_B @ layer.lora_A).detach() - product
+        assert difference.abs().max() < 2e-3 * scale, name
+        assert torch.equal(layer.weight, plain.get_submodule(name).weight)
+        assert layer.init_report.captured_energy > 0
+
+
+def test_lora_one_needs_batches_but_no_learning_rate():
+    config = LoRASBConfig(3, ("query",), "lora-one")
+    with pytest.raises(ValueError, match="expected batches, as init='lora-one' needs gradients"):
+        adapt(build("roberta"), config)
+
+
+@pytest.mark.parametrize("name", ["kaiming-svd", "scaled-b", "noise"])
+def test_ablations_on_a_model(name):
+    data = batches("roberta") if name != "kaiming-svd" else None
+    config = LoRASBConfig(3, ("query",), name, optimal_gradient=name == "scaled-b")
+    model = adapt(build("roberta"), config, data, 1e-2, progress=False)
+    model(**batches("roberta")[0]).loss.backward()
+    for layer in adapted_layers(model).values():
+        assert layer.lora_R.grad.abs().sum() > 0
+        assert layer.lora_R.detach().abs().sum() > 0
