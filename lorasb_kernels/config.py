@@ -105,6 +105,8 @@ class LoRASBConfig:
                 expected = kind if isinstance(kind, tuple) else (kind,)
                 names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
                 raise TypeError(f"{name} is {value!r}; expected {names}")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{name} has more than 64 bits; expected a smaller number")
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):

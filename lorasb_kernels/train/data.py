@@ -3,17 +3,15 @@
 import csv
 import json
 import math
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.train.errors import DataError, shown
 
 MAX_LINE = 1 << 24  # characters; bounds the memory that a file without line ends takes
 MAX_CLASSES = 1 << 16  # bounds the head that a class index asks for
-_shown = reprlib.repr  # a message stays short, whatever the row holds
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def read_examples(path: str | Path) -> list[Example]:
         choices = _choices(path, line, row)
         if choices and response not in choices:
             raise DataError(
-                f"{path}:{line}: response {_shown(response)} is none of {_shown(choices)}"
+                f"{path}:{line}: response {shown(response)} is none of {shown(choices)}"
             )
         examples.append(Example(instruction, response, choices))
     return examples
@@ -114,7 +112,7 @@ def _choices(path: str | Path, line: int, row: dict[str, Any]) -> tuple[str, ...
     if not isinstance(choices, (list, tuple)) or not all(
         isinstance(choice, (str, int, float)) and _is_unicode(str(choice)) for choice in choices
     ):
-        raise DataError(f"{path}:{line}: choices is {_shown(choices)}; expected a list of texts")
+        raise DataError(f"{path}:{line}: choices is {shown(choices)}; expected a list of texts")
     return tuple(map(str, choices))
 
 
@@ -134,7 +132,7 @@ def read_labelled(path: str | Path, regression: bool = False) -> list[Labelled]:
         is_class = 0 <= score < MAX_CLASSES and score.is_integer()
         if not (math.isfinite(score) if regression else is_class):
             expected = "a number" if regression else f"a class index 0, 1, … {MAX_CLASSES - 1}"
-            label = _shown(row.get("label"))
+            label = shown(row.get("label"))
             raise DataError(f"{path}:{line}: label is {label}; expected {expected}")
         pair = _text(path, line, row, "text_pair") if row.get("text_pair") else None
         label = score if regression else int(score)
@@ -145,7 +143,7 @@ def read_labelled(path: str | Path, regression: bool = False) -> list[Labelled]:
 def _text(path: str | Path, line: int, row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value or not _is_unicode(value):
-        raise DataError(f"{path}:{line}: {key} is {_shown(value)}; expected a text")
+        raise DataError(f"{path}:{line}: {key} is {shown(value)}; expected a text")
     return value
 
 

@@ -1,5 +1,18 @@
 """Errors in what a user gave; the command line shows their message without a stack trace."""
 
+import reprlib
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to spell numbers of thousands of digits.
+        return repr(value) if abs(value) < 10**40 else f"<{value.bit_length()} bits>"
+
+
+_short = _Short()
+_short.maxlevel = 2
+shown = _short.repr  # of a value in a message: short, whatever a file holds
+
 
 class InputError(ValueError):
     """Input that cannot be used; the message names it, what it was and what is expected."""
