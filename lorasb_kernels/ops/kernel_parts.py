@@ -48,6 +48,8 @@ def arrives_last(counter_ptr, blocks):
     What any of the blocks stored to global memory before is visible to the last one after:
     the barrier orders the stores of all threads before the counter, which releases them.
     """
+    # One thread counts for its block. Triton puts a barrier before that only where shared
+    # memory needs one, which after a store without a change of layout it does not.
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == blocks - 1
 

@@ -2,8 +2,10 @@
 
 import math
 import sys
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 
 from lorasb_kernels.ops.core_backward.triton import core_backward, rank_gradient
@@ -23,7 +25,17 @@ from lorasb_kernels.ops.tiles import (
 )
 from tests.aot.emulator import ARCH, close, emulated, read_bytes, write_bytes
 from tests.contract import assert_within_contract
-from tests.ops.operands import as_tuple, dropout_seed, normal, oracle, reference, same_bits
+from tests.ops.operands import (
+    absolute,
+    as_tuple,
+    assert_single_precision,
+    dropout_seed,
+    longest,
+    normal,
+    oracle,
+    reference,
+    same_bits,
+)
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -120,8 +132,8 @@ def check_core_backward():
     for other in outputs[1:]:
         assert all(map(same_bits, outputs[0], other))
 
-    g, h = bf16(1100, 40), bf16(1100, 40, seed=1)
-    assert row_splits(1100, gradient_tile(ARCH, BF16))[0] > 1
+    g, h = bf16(1600, 40), bf16(1600, 40, seed=1)
+    assert row_splits(1600, gradient_tile(ARCH, BF16))[0] > 2, "two parts add up in any order"
     sums = []
     for options in ({}, {"schedule_seed": 1}, {"schedule_seed": 2}):
         with emulated(**options):
@@ -217,6 +229,32 @@ def check_expand_descriptor():
         with emulated() as log:
             compare("expand", descriptor_expand(*arguments, tile), *arguments)
         assert write_bytes(log) == 2 * M * N
+
+
+def check_single_precision():
+    """fp32 operands as three tf32 products keep the contract; one product would not."""
+    M, n, r = 40, 136, 24
+    x, lora_A, weight, factor = (
+        normal(*shape, dtype=torch.float32, device=CPU, seed=seed)
+        for seed, shape in enumerate([(M, n), (r, n), (72, n), (72, r)])
+    )
+    h, tile = x[:, :r].contiguous(), expand_tile(ARCH, torch.float32, False)
+    for name, function, arguments in (
+        ("shrink", shrink, (x, lora_A, core_of(r), SCALING, 0.0, None)),
+        ("expand", partial(fused_expand, tile=tile), (x, weight, h, factor, None, 0.0, None)),
+        ("core_backward", core_backward, (x, h, lora_A.T, core_of(r), SCALING)),
+    ):
+        with emulated():
+            outputs = as_tuple(function(*arguments))
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            coarse = as_tuple(function(*arguments))
+            torch.backends.cuda.matmul.fp32_precision = "none"
+        magnitudes = oracle(name, *map(absolute, arguments))
+        judged = zip(outputs, coarse, oracle(name, *arguments), magnitudes, strict=True)
+        for out, one_product, ref, magnitude in judged:
+            assert_single_precision(out, ref, magnitude, longest(arguments))
+            with pytest.raises(AssertionError, match="an element is off"):
+                assert_single_precision(one_product, ref, magnitude, longest(arguments))
 
 
 def check_bytes():

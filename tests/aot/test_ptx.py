@@ -20,6 +20,7 @@ CHECKS = [
     "factor_gradient_strides",
     "expand",
     "expand_descriptor",
+    "single_precision",
     "bytes",
 ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasb_kernels.ops.core_backward import core_backward
-from tests.ops.operands import SHAPES, check, normal
+from tests.ops.operands import SHAPES, check, far_memory, normal
 
 SCALING = 0.75
 
@@ -37,6 +37,21 @@ def test_strides(backend, dtype, device):
     dy, h, lora_B, lora_R = operands(2 * M, m + 6, r, dtype, device)
     transposed = lora_B[:m].T.contiguous().T
     check(core_backward, backend, dy[::2, 5:-1], h[::2], transposed, lora_R.T, SCALING)
+
+
+def test_offsets_beyond_32_bits(backend, device):
+    """Rows of dy and B 2³⁰ elements apart: the third is past 32 bits."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GB of device memory")
+    stride, M, m, r = 2**30 + 8, 3, 3, 5
+    memory = far_memory(2 * stride + m + r, torch.float16, device)
+    dy, h, lora_B, lora_R = operands(M, m, r, torch.float16, device)
+    far_dy = memory.as_strided((M, m), (stride, 1)).copy_(dy)
+    far_B = memory[m:].as_strided((m, r), (stride, 1)).copy_(lora_B)
+    far = core_backward(far_dy, h, far_B, lora_R, SCALING, backend)
+    near = core_backward(dy, h, lora_B, lora_R, SCALING, backend)
+    for one, other in zip(far, near, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -8,7 +8,7 @@ import torch
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.shrink import shrink
-from tests.ops.operands import SHAPES, check, dropout_seed, normal
+from tests.ops.operands import SHAPES, check, dropout_seed, far_memory, normal
 
 COLUMNS = {33: 5, 130: 70, 96: 64, 192: 100}
 
@@ -58,6 +58,23 @@ def test_transposed_views_as_for_the_input_gradient(dropout_p, backend, route, d
     weight, factor = weight[:, :K].T.contiguous().T, factor.T.contiguous().T
     seed = dropout_seed(device) if dropout_p else None
     check(expand, backend, x[::2, 3:-1], weight, p[::2], factor, None, dropout_p, seed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_beyond_32_bits(transposed, backend, route, device):
+    """Rows of x, weight and factor 2³⁰ elements apart: the third is past 32 bits."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GB of device memory")
+    stride, N, K, r = 2**30 + 8, (40 if transposed else 3), (3 if transposed else 40), 3
+    memory = far_memory(2 * stride + 120, torch.float16, device)
+    near = operands(3, N, K, r, torch.float16, device)
+    far = [*near]
+    for index, column in ((0, 0), (1, 40), (3, 80)):
+        matrix = near[index].T if transposed and index else near[index]
+        rows = memory[column:].as_strided(matrix.shape, (stride, 1)).copy_(matrix)
+        far[index] = rows.T if transposed and index else rows
+    y = expand(*far, None, 0.0, None, backend)
+    torch.testing.assert_close(y, expand(*near, None, 0.0, None, backend))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -2,13 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.shrink import shrink
-from tests.ops.operands import SHAPES, check, dropout_seed, normal, same_bits
+from tests.ops.operands import SHAPES, check, dropout_seed, far_memory, normal, same_bits
 
 SCALING = 0.75
 
@@ -40,11 +39,7 @@ def test_offsets_beyond_32_bits(backend, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GB of device memory")
     stride, n, r = 2**30 + 8, 40, 8  # the stride fits 32 bits, that of the third row does not
-    if device.type == "cpu":  # pages that nobody touches cost nothing
-        memory = torch.from_numpy(np.zeros(2 * stride + n, dtype=np.float16))
-    else:
-        memory = torch.zeros(2 * stride + n, dtype=torch.float16, device=device)
-    x = memory.as_strided((3, n), (stride, 1))
+    x = far_memory(2 * stride + n, torch.float16, device).as_strided((3, n), (stride, 1))
     small, lora_A, lora_R = operands(3, n, r, torch.float16, device)
     x.copy_(small)
     far = shrink(x, lora_A, lora_R, SCALING, 0.0, None, backend)

@@ -61,7 +61,7 @@ def expand_descriptor_kernel(
         factor = load_columns(factor_desc, column, k, FACTOR_TRANSPOSED)  # [BLOCK_R, BLOCK_N]
         acc = tl.dot(p_desc.load([row, k]), factor, acc, input_precision=PRECISION)
     if DROPOUT:
-        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        rows = row + tl.arange(0, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
         keep = keep_mask(tl.load(seed_ptr), rows, columns, N, threshold)
         acc = tl.where(keep, acc * keep_scale, 0.0)
