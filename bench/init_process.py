@@ -8,16 +8,14 @@ held before it (VmHWM, reset through /proc/self/clear_refs).
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from bench.contenders_init import CONTENDERS, Factors
+from lorasb_kernels.profiling.memory_peak import peak_since_reset, reset_peak
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.data import Example
@@ -61,22 +59,6 @@ def captured_energy(factors: Factors) -> float | None:
         for U, S, V in factors.values()
     ]
     return sum(shares) / len(shares) if shares else None
-
-
-def peak_since_reset() -> int:
-    """Highest resident set, in bytes, since `reset_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return next(
-        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")
-    )
-
-
-def reset_peak() -> int:
-    """Starts a new peak at the present resident set, which it returns, in bytes."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_since_reset()
 
 
 def measure(

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.config import CORE_INITS, INITS, LORA_INITS, SPECTRAL_SCALINGS
+from lorasb_kernels.train.errors import ConfigError, shown
 
 TASKS = ("causal-lm", "classification")
-ADAPTER_METHODS = ("lora-sb", "lora-xs")
-PEFT_METHODS = ("lora", "rslora", "pissa", "dora")
+ADAPTER_METHODS = (*INITS, "rslora")  # rslora: lora with a scaling of α/√r
+PEFT_METHODS = ("pissa", "dora")
 METHODS = (*ADAPTER_METHODS, *PEFT_METHODS, "full")
+OPTIMIZERS = ("adamw", "preconditioned")
 SCHEDULES = ("linear", "cosine", "constant")
 BATCHING = ("length-grouped", "packed")
 DTYPES = ("float32", "bfloat16")
@@ -24,6 +26,7 @@ EVALUATIONS = {
     "causal-lm": ("loss", "numeric", "choice"),
     "classification": ("accuracy", "matthews", "pearson"),
 }
+MAX_FILE_BYTES = 1 << 20
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -43,9 +46,12 @@ class TrainConfig:
     method: str = "lora-sb"
     r: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
-    lora_alpha: float | None = None  # scaling is α/r; None: 1 for LoRA-SB, else α = r
+    lora_alpha: float | None = None  # scaling is α/r; None: s = 1 for LoRA-SB, else α = r
+    use_rslora: bool | None = None  # scaling is α/√r; None: for `rslora` and `lora-one`
     dropout: float = 0.0
     learning_rate: float = 1e-3
+    optimizer: str | None = None  # None: preconditioned for `lora-one`, else adamw
+    damping: float = 1e-6  # λ of the preconditioned optimizer
     schedule: str = "linear"
     warmup_ratio: float = 0.02
     weight_decay: float = 0.0
@@ -60,6 +66,10 @@ class TrainConfig:
     init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
     init_minimum: int = 32  # samples, when the share is fewer
     init_learning_rate: float | None = None  # η of LoRA-SB; None: that of the first step
+    gamma: float = 128.0  # γ of `lora-one`
+    spectral_scaling: str = "relative"  # of `lora-one`: √(S/S₁)/√γ, or "absolute": √γ·√S
+    noise_std: float = 1e-5  # of `noise`
+    optimal_gradient: bool = False  # of the core, for an A or B that is not orthonormal
     dtype: str = "float32"  # of the frozen weights; what is trained stays float32
     gradient_checkpointing: bool = False
     backend: str = "auto"
@@ -79,6 +89,26 @@ class TrainConfig:
             self._check_type(field.name, field.type)
         self._one_of("task", TASKS)
         self._one_of("method", METHODS)
+        if self.optimizer is None:
+            chosen = "preconditioned" if self.method == "lora-one" else "adamw"
+            object.__setattr__(self, "optimizer", chosen)
+        if self.use_rslora is None:
+            object.__setattr__(self, "use_rslora", self.method in ("rslora", "lora-one"))
+        self._one_of("optimizer", OPTIMIZERS)
+        self._one_of("spectral_scaling", SPECTRAL_SCALINGS)
+        if self.optimizer == "preconditioned" and self.adapter_init not in LORA_INITS:
+            raise ConfigError(
+                f"optimizer is 'preconditioned' and method {self.method!r}; expected a method "
+                f"that trains A and B here: {', '.join(LORA_INITS)}, rslora"
+            )
+        has_alpha = self.lora_alpha is not None or self.adapter_init == "lora-xs"
+        if self.use_rslora and self.adapter_init in CORE_INITS and not has_alpha:
+            raise ConfigError("use_rslora is true; expected lora_alpha, as s is then α / √r")
+        if self.optimal_gradient and (self.adapter_init or "lora") in LORA_INITS:
+            raise ConfigError(
+                f"optimal_gradient is true and method {self.method!r}; expected a method that "
+                "trains a core"
+            )
         self._one_of("schedule", SCHEDULES)
         self._one_of("batching", BATCHING)
         self._one_of("dtype", DTYPES)
@@ -90,11 +120,14 @@ class TrainConfig:
         positive = ("r", "learning_rate", "batch_size", "accumulation", "epochs", "max_length")
         positive += ("init_minimum", "eval_batch_size", "max_new_tokens", "save_steps")
         positive += ("keep_checkpoints", "max_steps", "lora_alpha", "init_learning_rate")
+        positive += ("damping", "gamma")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; expected a positive number")
-        for name, upper in (("dropout", 1), ("warmup_ratio", 1), ("weight_decay", math.inf)):
+        limits = {"dropout": 1, "warmup_ratio": 1, "weight_decay": math.inf}
+        limits |= {"max_grad_norm": math.inf, "seed": 2**32}
+        for name, upper in limits.items():
             if not 0 <= getattr(self, name) < upper:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 ≤ {name} < {upper}")
         if not 0 < self.init_share <= 1:
@@ -109,17 +142,37 @@ class TrainConfig:
         accepted = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-            raise ConfigError(f"{name} is {value!r}; expected {expected}")
+            raise ConfigError(f"{name} is {shown(value)}; expected {expected}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{name} has more than 64 bits; expected a smaller number")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(value, (str, tuple)) and not _is_text(text):
+                raise ConfigError(f"{name} is {shown(value)}; expected text that can be written")
 
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ConfigError(
-                f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                f"{name} is {shown(getattr(self, name))}; expected one of {', '.join(choices)}"
             )
+
+    @property
+    def adapter_init(self) -> str | None:
+        """The `init` of a `LoRASBConfig` for this method; None where it takes no such adapter."""
+        if self.method not in ADAPTER_METHODS:
+            return None
+        return "lora" if self.method == "rslora" else self.method
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether `value` is a str that a file can hold and a path can be."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def fields() -> dict[str, dataclasses.Field]:
@@ -140,7 +193,7 @@ def load_preset(name: str) -> dict[str, Any]:
         ConfigError: no such preset.
     """
     if name not in preset_names():
-        raise ConfigError(f"preset is {name!r}; expected one of {', '.join(preset_names())}")
+        raise ConfigError(f"preset is {shown(name)}; expected one of {', '.join(preset_names())}")
     file = importlib.resources.files(__package__) / "presets" / f"{name}.yaml"
     return _parse(file.read_text(encoding="utf-8"), f"preset {name}")
 
@@ -152,9 +205,16 @@ def load_file(path: str | Path) -> dict[str, Any]:
         ConfigError: unreadable, not a mapping, or a key that is no setting.
     """
     try:
+        size = Path(path).stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ConfigError(
+                f"config is {str(path)!r} of {size} bytes; expected at most {MAX_FILE_BYTES}"
+            )
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config is {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config is {str(path)!r}, which is not UTF-8: {error}") from error
     return _parse(text, str(path))
 
 
@@ -163,7 +223,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
     try:
         settings = yaml.load(text, Loader=_loader())
-    except yaml.YAMLError as error:
+    except Exception as error:  # YAML's constructors raise whatever int(), datetime() … raise
         raise ConfigError(f"{source} is neither YAML nor JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{source} holds {type(settings).__name__}; expected a mapping")
@@ -190,7 +250,7 @@ def check_keys(settings: dict[str, Any], source: str) -> None:
         ConfigError: names the unknown keys and the known ones.
     """
     known = {*fields(), "preset"}
-    unknown = sorted(map(str, set(settings) - known))
+    unknown = sorted(shown(key).strip("'") for key in set(settings) - known)[:5]
     if unknown:
         raise ConfigError(
             f"{source}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"

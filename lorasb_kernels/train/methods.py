@@ -1,4 +1,4 @@
-"""Preparing a model for training: LoRA-SB and LoRA-XS, peft's adapters, or all weights."""
+"""Preparing a model for training: this library's adapters, peft's, or all weights."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS
 from lorasb_kernels.files import atomic_folder
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
@@ -34,13 +35,14 @@ def prepare(
     eta: float,
     progress: bool = True,
 ) -> nn.Module:
-    """Makes `model` trainable by `config.method`; LoRA-SB and LoRA-XS start from a saved
-    adapter in `config.output_dir` if there is one, else save theirs there.
+    """Makes `model` trainable by `config.method`; adapters of this library start from the one
+    saved in `config.output_dir`, if there is one, else are saved there.
 
     Args:
         model: the pretrained model.
         config: the run.
-        samples: the training samples; a share of them estimates LoRA-SB's first update.
+        samples: the training samples; a share of them estimates the first update, where the
+            method starts from one.
         pad_token_id: of the tokenizer.
         eta: η of LoRA-SB.
         progress: show progress bars.
@@ -51,7 +53,7 @@ def prepare(
     if config.method == "full":
         model.requires_grad_(True)
     elif config.method in ADAPTER_METHODS:
-        _with_core(model, config, samples, pad_token_id, eta, progress)
+        _with_adapter(model, config, samples, pad_token_id, eta, progress)
     else:
         model = _with_peft(model, config)
     for parameter in model.parameters():
@@ -64,7 +66,7 @@ def prepare(
     return model
 
 
-def _with_core(model, config, samples, pad_token_id, eta, progress) -> None:
+def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
     from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
 
     folder = Path(config.output_dir) / ADAPTER_FOLDER
@@ -72,20 +74,25 @@ def _with_core(model, config, samples, pad_token_id, eta, progress) -> None:
         load_adapter(model, folder)
         return
     alpha = config.lora_alpha
-    if alpha is None and config.method == "lora-xs":
+    if alpha is None and config.adapter_init in ("lora-xs", *LORA_INITS):
         alpha = config.r
     adapter_config = LoRASBConfig(
         r=config.r,
         target_modules=config.target_modules,
-        init=config.method,
+        init=config.adapter_init,
         lora_alpha=alpha,
+        use_rslora=config.use_rslora,
         dropout=config.dropout,
         backend=config.backend,
+        optimal_gradient=config.optimal_gradient,
+        noise_std=config.noise_std,
+        gamma=config.gamma,
+        spectral_scaling=config.spectral_scaling,
         modules_to_save=heads(model) if config.task == "classification" else (),
         seed=config.seed,
     )
     batches = None
-    if config.method == "lora-sb":
+    if config.adapter_init in GRADIENT_INITS:
         batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
     loss_fn = sample_mean_loss if config.task == "causal-lm" else None
     adapt(model, adapter_config, batches, eta, loss_fn, progress)
@@ -103,7 +110,7 @@ def _with_core(model, config, samples, pad_token_id, eta, progress) -> None:
 def estimation_batches(
     config: TrainConfig, samples: Sequence[Encoded], pad_token_id: int, device: torch.device
 ) -> Iterable[dict[str, torch.Tensor]]:
-    """The batches that estimate LoRA-SB's first update.
+    """The batches that estimate the first update.
 
     `init_share` of the samples, but at least `init_minimum`, drawn with the run's seed and
     sorted by length. Data-parallel ranks deal the batches out among them, where there are
@@ -133,7 +140,7 @@ def _with_peft(model: nn.Module, config: TrainConfig) -> nn.Module:
         lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
         lora_dropout=config.dropout,
-        use_rslora=config.method == "rslora",
+        use_rslora=config.use_rslora,
         use_dora=config.method == "dora",
         init_lora_weights="pissa" if config.method == "pissa" else True,
         task_type="CAUSAL_LM" if config.task == "causal-lm" else "SEQ_CLS",

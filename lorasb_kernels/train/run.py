@@ -209,11 +209,13 @@ def claim(output_dir: Path, config: TrainConfig) -> None:
         return
 
     stored, own = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
+    # Settings that an earlier version did not have were at what is now their default.
+    stored = TrainConfig(**{name: stored[name] for name in own if name in stored}).to_dict()
     for name in own:
-        if stored.get(name) != own[name]:
+        if stored[name] != own[name]:
             raise ConfigError(
                 f"{name} is {own[name]!r}, but output_dir {str(output_dir)!r} holds a run with "
-                f"{stored.get(name)!r}; expected the same settings or another output_dir"
+                f"{stored[name]!r}; expected the same settings or another output_dir"
             )
 
 

@@ -1,6 +1,6 @@
 """transformers' Trainer, with atomic checkpoints that hold only what is trained.
 
-    output_dir/adapter/              A and B, once (LoRA-SB, LoRA-XS)
+    output_dir/adapter/              A and B, once, and how they began (LoRA and its kin)
     output_dir/checkpoint-<step>/    trained.safetensors, optimizer, scheduler, RNG, history
 
 A checkpoint is written whole into a folder beside its place and renamed into it, so the
@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from lorasb_kernels.files import write_tensors
+from lorasb_kernels.optim import PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
 from lorasb_kernels.train.checkpoint_state import load_state, save_state
 from lorasb_kernels.train.config import TrainConfig
@@ -90,6 +91,19 @@ class AdapterTrainer(Trainer):
         sampler = LengthGroupedSampler(lengths, samples_per_step(self.args), self.args.seed)
         self.add_callback(_EpochOfSampler(sampler))
         return sampler
+
+    def create_optimizer(self, model=None):
+        """AdamW of transformers, or this library's preconditioned one."""
+        if self.optimizer is None and self.config.optimizer == "preconditioned":
+            pairs, others = split_parameters(self.model if model is None else model)
+            self.optimizer = PreconditionedAdamW(
+                pairs,
+                others,
+                lr=self.config.learning_rate,
+                weight_decay=self.config.weight_decay,
+                damping=self.config.damping,
+            )
+        return super().create_optimizer(model)
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         """What training changes, by name."""

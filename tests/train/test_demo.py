@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from lorasb_kernels.files import atomic_folder
+from lorasb_kernels.train import comparison
 from lorasb_kernels.train.demo import assets, compare, headlines, sarcasm
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import AssetError, InputError
@@ -129,7 +130,7 @@ def test_the_demonstration_leaves_other_folders_alone(tmp_path):
 def test_a_sweep_goes_on_where_the_best_is_at_an_end():
     def swept(best):
         tried = {}
-        for rate in compare.sweep((0.4, 1.0, 2.5), tried):
+        for rate in comparison.sweep((0.4, 1.0, 2.5), tried, extensions=2):
             tried[rate] = -abs(rate - best)
         return sorted(tried)
 
@@ -154,7 +155,7 @@ def test_the_comparison_keeps_its_cells(bert, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "loss.png").exists()
     assert len(list((tmp_path / "cells").iterdir())) == 3 + 4
 
-    monkeypatch.setattr(compare, "finetune", None)  # nothing is run again
+    monkeypatch.setattr(comparison, "finetune", None)  # nothing is run again
     assert compare.run_comparison(str(tmp_path), 64, 40) == first
 
 

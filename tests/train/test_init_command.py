@@ -40,7 +40,7 @@ def test_init_does_not_overwrite_an_adapter(llama, sums_file, tmp_path, capsys):
 
 def test_init_refuses_methods_without_an_estimate(llama, sums_file, tmp_path, capsys):
     assert main(arguments(llama, sums_file, tmp_path, "--method", "lora")) == 2
-    assert "method is 'lora'; expected 'lora-sb'" in capsys.readouterr().err
+    assert "method is 'lora'; expected one that takes samples: lora-sb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])

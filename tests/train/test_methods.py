@@ -1,6 +1,7 @@
 """Every method trains, lowers its loss and leaves small checkpoints."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lorasb_kernels.train.methods import estimation_batches
 from lorasb_kernels.train.run import finetune
 from tests.train.conftest import reviews, sums, tiny_config
 
-ALL_METHODS = ["lora-sb", "lora-xs", "lora", "rslora", "pissa", "dora", "full"]
+ALL_METHODS = ["lora-sb", "lora-xs", "lora", "rslora", "lora-one", "pissa", "dora", "full"]
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
@@ -97,6 +98,44 @@ def test_other_settings_do_not_continue_a_run(llama, tmp_path):
     finetune(tiny_config(llama, tmp_path, max_steps=1), sums(8))
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.5, but output_dir"):
         finetune(tiny_config(llama, tmp_path, max_steps=1, learning_rate=0.5), sums(8))
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(llama, tmp_path):
+    config = tiny_config(llama, tmp_path, max_steps=2, save_steps=1)
+    first = finetune(config, sums(16))[2]
+    path = tmp_path / "config.json"
+    older = json.loads(path.read_text())
+    for name in ("optimizer", "damping", "gamma", "use_rslora"):
+        del older[name]
+    path.write_text(json.dumps(older))
+    assert finetune(config, sums(16))[2].losses == first.losses
+
+
+def test_lora_one_trains_with_its_own_optimizer_and_resumes(llama, tmp_path):
+    settings = {"method": "lora-one", "save_steps": 2, "max_steps": 4}
+    whole = finetune(tiny_config(llama, tmp_path / "a", **settings), sums(32))[0]
+    config = tiny_config(llama, tmp_path / "b", **settings)
+    finetune(config, sums(32))
+    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
+    resumed = finetune(config, sums(32))[0]
+    state = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert state["optimizer"] == "preconditioned"
+    for own, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "preconditioned"}, "optimizer is 'preconditioned' and method 'lora-sb'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of adamw, preconditioned"),
+        ({"method": "lora", "optimal_gradient": True}, "optimal_gradient is true and method"),
+        ({"method": "lora-one", "gamma": 0.0}, "gamma is 0.0; expected a positive number"),
+    ],
+)
+def test_settings_that_do_not_fit_the_method_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config("model", "out", **settings)
 
 
 def test_rows_that_do_not_fit_are_an_error(llama, tmp_path):

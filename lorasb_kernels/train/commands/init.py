@@ -12,6 +12,7 @@ tokenizer and the data are read, no weights.
 import argparse
 from pathlib import Path
 
+from lorasb_kernels.config import GRADIENT_INITS
 from lorasb_kernels.train.commands import train
 from lorasb_kernels.train.config import TrainConfig, load_file, resolve
 from lorasb_kernels.train.encoding import IGNORED
@@ -28,8 +29,11 @@ def run(options: argparse.Namespace) -> int:
     """Initializes, or predicts, and prints a table."""
     flags = train.given_flags(options)
     config = resolve((load_file(options.config) if options.config else {}) | flags)
-    if config.method != "lora-sb":
-        raise ConfigError(f"method is {config.method!r}; expected 'lora-sb', which takes samples")
+    if config.adapter_init not in GRADIENT_INITS:
+        raise ConfigError(
+            f"method is {config.method!r}; expected one that takes samples: "
+            f"{', '.join(GRADIENT_INITS)}"
+        )
     print(predict(config) if options.dry_run else initialize(config))
     return 0
 

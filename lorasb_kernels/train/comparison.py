@@ -1,0 +1,248 @@
+"""Several methods on one task from the same base, seeds and data order.
+
+For each contender: one run a learning rate, judged on validation rows; then the best learning
+rate with several seeds, judged on test rows that nothing was chosen by. A seed fixes the new
+head, the order of the samples and the draws of the initialization, for every contender alike.
+Every run is a folder and its judgement a JSON file (a cell), so an interrupted comparison goes
+on where it was, and can be asked for more.
+"""
+
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+from lorasb_kernels.files import write_text
+from lorasb_kernels.profiling.memory_peak import peak_memory
+from lorasb_kernels.profiling.tables import markdown_table
+from lorasb_kernels.train.config import TrainConfig
+from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.files import write_json
+from lorasb_kernels.train.plots import plot_losses
+from lorasb_kernels.train.progress import console
+from lorasb_kernels.train.run import Rows, finetune
+
+STEP = 2.5  # from one learning rate to the next
+LAST = 0.1  # share of the steps whose mean is the final loss
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its rank and the learning rates to choose from.
+
+    Args:
+        method, r: as in `TrainConfig`.
+        learning_rates: ascending.
+        settings: other settings of `TrainConfig`.
+        label: name, in the place of `<method>-r<r>`.
+        rate_of: name of an earlier contender, whose chosen learning rate this one takes.
+    """
+
+    method: str
+    r: int
+    learning_rates: tuple[float, ...] = ()
+    settings: dict = field(default_factory=dict)
+    label: str = ""
+    rate_of: str = ""
+
+    @property
+    def name(self) -> str:
+        """For tables and folders."""
+        return self.label or (self.method if self.method == "full" else f"{self.method}-r{self.r}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the contenders are compared on.
+
+    Args:
+        title: for the table and the plot.
+        settings: settings of `TrainConfig` common to all, `model` and `data` among them.
+        train, validation, test: disjoint rows.
+        metric: what `evaluation` measures; the higher the better, but for `"loss"`.
+    """
+
+    title: str
+    settings: dict
+    train: Rows
+    validation: Rows
+    test: Rows
+    metric: str = "accuracy"
+
+
+def sweep(
+    rates: Sequence[float], tried: dict[float, float], extensions: int = 0
+) -> Iterator[float]:
+    """The learning rates to try: those given, and more where the best is the first or last.
+
+    Args:
+        rates: learning rates, ascending.
+        tried: validation score by learning rate, the higher the better; filled in while this
+            goes on.
+        extensions: learning rates added, at most.
+    """
+    yield from rates
+    for _ in range(extensions):
+        best = max(tried, key=tried.get)
+        if best == max(tried):
+            yield best * STEP
+        elif best == min(tried):
+            yield best / STEP
+
+
+class Comparison:
+    """Runs cells in a folder and sums them up.
+
+    Args:
+        task: the task.
+        folder: receives `cells/*.json`, `table.json`, `table.md`, `loss.png` and the runs.
+        seeds: of the final runs; the first one is the sweep's, too.
+        extensions: see `sweep`.
+    """
+
+    def __init__(self, task: Task, folder: Path, seeds: Sequence[int], extensions: int = 0):
+        self.task, self.folder, self.seeds = task, Path(folder), tuple(seeds)
+        self.extensions = extensions
+
+    def run(self, contenders: Sequence[Contender], only: Sequence[str] = ()) -> list[dict]:
+        """Runs what has not been run and writes the table and the curves after each contender.
+
+        Args:
+            contenders: what to compare.
+            only: names of contenders, to run these alone; none: all.
+
+        Returns:
+            one row a contender, see `row`.
+
+        Raises:
+            ConfigError: a name that is no contender's.
+        """
+        known = {contender.name: contender for contender in contenders}
+        unknown = [name for name in only if name not in known]
+        if unknown:
+            raise ConfigError(f"no contender {unknown[0]!r}; expected some of {', '.join(known)}")
+        rows, curves = [], {}
+        for contender in contenders:
+            if only and contender.name not in only:
+                continue
+            tried = self.validated(known[contender.rate_of] if contender.rate_of else contender)
+            best = max(tried, key=tried.get)
+            final = [self.cell(contender, best, seed, "test") for seed in self.seeds]
+            rows.append(self.row(contender, best, tried, final))
+            curves[contender.name] = final[0]["losses"]
+            write_json(self.folder / "table.json", rows)
+            write_text(self.folder / "table.md", self.markdown(rows))
+            title = f"{self.task.title}, seed {self.seeds[0]}"
+            plot_losses(curves, self.folder / "loss.png", title, window=20)
+        return rows
+
+    def validated(self, contender: Contender) -> dict[float, float]:
+        """Validation scores, the higher the better, by learning rate."""
+        sign = -1 if self.task.metric == "loss" else 1
+        tried: dict[float, float] = {}
+        for rate in sweep(contender.learning_rates, tried, self.extensions):
+            tried[rate] = sign * self.cell(contender, rate, self.seeds[0], "validation")["after"]
+        return tried
+
+    def config(self, contender: Contender, learning_rate: float, seed: int) -> TrainConfig:
+        """The settings of one run."""
+        folder = self.folder / "runs" / f"{contender.name}-lr{learning_rate:g}-seed{seed}"
+        return TrainConfig(
+            **{
+                **self.task.settings,
+                "output_dir": str(folder),
+                "method": contender.method,
+                "r": contender.r,
+                "learning_rate": learning_rate,
+                "keep_checkpoints": 1,
+                "seed": seed,
+                **contender.settings,
+            }
+        )
+
+    def cell(self, contender: Contender, learning_rate: float, seed: int, part: str) -> dict:
+        """The result of one run on one part of the data: kept, or run now."""
+        config = self.config(contender, learning_rate, seed)
+        path = self.folder / "cells" / f"{Path(config.output_dir).name}-{part}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        console.print(f"{contender.name}, learning rate {learning_rate:g}, seed {seed}, {part}")
+        held_out = self.task.test if part == "test" else self.task.validation
+        # A run that was judged on validation rows is not trained again: it goes on from its last
+        # checkpoint, which is its end.
+        with peak_memory() as peak:
+            _, _, result = finetune(config, self.task.train, held_out)
+        cell = result.to_dict() | {"part": part, "rows": len(held_out), "peak_bytes": peak.bytes}
+        if part == "test":
+            shutil.rmtree(config.output_dir)
+            earlier = path.with_name(path.name.replace("-test.json", "-validation.json"))
+            if earlier.exists():  # the training's time and memory are there
+                trained = json.loads(earlier.read_text(encoding="utf-8"))
+                cell |= {key: trained.get(key) for key in ("seconds", "peak_bytes")}
+        write_json(path, cell)
+        return cell
+
+    def row(
+        self, contender: Contender, rate: float, tried: dict[float, float], final: list[dict]
+    ) -> dict:
+        """What a contender came to: means over the seeds, and the metric of each."""
+        count = max(1, round(LAST * len(final[0]["losses"])))
+        ends = [statistics.mean(loss for _, loss in one["losses"][-count:]) for one in final]
+        peaks = [one["peak_bytes"] for one in final if one.get("peak_bytes") is not None]
+        return {
+            "name": contender.name,
+            "trainable": final[0]["trainable"],
+            "learning_rate": rate,
+            "validation": {f"{value:g}": abs(tried[value]) for value in sorted(tried)},
+            "test": [one["after"] for one in final],
+            "loss": statistics.mean(ends),
+            "seconds": statistics.mean(one["seconds"]["train"] for one in final),
+            "init_seconds": statistics.mean(one["seconds"]["initialize"] for one in final),
+            "steps_per_second": statistics.mean(
+                one["steps"] / one["seconds"]["train"] for one in final
+            ),
+            "peak_bytes": max(peaks) if peaks else None,
+        }
+
+    def markdown(self, rows: list[dict]) -> str:
+        """The table as Markdown."""
+        header, body = self._cells(rows)
+        note = f"{self.task.title}; {len(self.seeds)} seeds, {len(self.task.test)} test rows."
+        return f"{note}\n\n{markdown_table(header, body)}\n"
+
+    def summary(self, rows: list[dict]) -> Table:
+        """The table for a terminal."""
+        title = f"{self.task.title}, {len(self.seeds)} seeds, {len(self.task.test)} test rows"
+        header, body = self._cells(rows)
+        table = Table(title=title)
+        for name in header:
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for line in body:
+            table.add_row(*line)
+        return table
+
+    def _cells(self, rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+        header = ["method", "trainable", "learning rate", "final loss", f"{self.task.metric} ± std"]
+        header += ["by seed", "steps/s", "memory MB", "init s"]
+        return header, [
+            [
+                row["name"],
+                f"{row['trainable']:,}",
+                f"{row['learning_rate']:g}",
+                f"{row['loss']:.4f}",
+                f"{statistics.mean(row['test']):.4f} ± {_std(row['test']):.4f}",
+                " ".join(f"{value:.4f}" for value in row["test"]),
+                f"{row['steps_per_second']:.2f}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+                f"{row['init_seconds']:.1f}",
+            ]
+            for row in rows
+        ]
+
+
+def _std(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
