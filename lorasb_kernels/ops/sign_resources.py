@@ -7,11 +7,10 @@ import triton.language as tl
 
 from lorasb_kernels.ops.kernel_parts import GROUP_M
 from lorasb_kernels.ops.pack_signs.triton import pack_signs_kernel
-from lorasb_kernels.ops.sign_accumulate.triton import sign_accumulate_kernel
-from lorasb_kernels.ops.sign_gradient.triton import sign_gradient_kernel
 from lorasb_kernels.ops.sign_matmul.triton import sign_matmul_kernel
 from lorasb_kernels.ops.sign_tiles import pack_tile, sign_matmul_tile, weight_gradient_tile
 from lorasb_kernels.ops.tiles import Tile
+from lorasb_kernels.ops.weight_gradient import weight_gradient_kernel
 
 Case = tuple[str, Tile, dict[str, object], dict[str, object]]
 
@@ -19,7 +18,18 @@ _PLANES = {"positive_ptr": "*i32", "negative_ptr": "*i32"}
 _MATRIX = {"m": 4096, "n": 4096}
 
 
-def _weight_gradients(arch: str, dtype: torch.dtype, outputs: dict[str, object]) -> Iterator[Case]:
+def _accumulations(arch: str, dtype: torch.dtype) -> Iterator[Case]:
+    outputs = {"acc_ptr": "*fp32", "stride_acc": 4096, "positive_ptr": None, "negative_ptr": None}
+    return _weight_gradients(arch, dtype, outputs, signs=False)
+
+
+def _one_shot_signs(arch: str, dtype: torch.dtype) -> Iterator[Case]:
+    return _weight_gradients(arch, dtype, {"acc_ptr": None, "stride_acc": 0, **_PLANES}, signs=True)
+
+
+def _weight_gradients(
+    arch: str, dtype: torch.dtype, outputs: dict[str, object], signs: bool
+) -> Iterator[Case]:
     for weighted in (False, True):
         arguments = {
             **outputs,
@@ -28,19 +38,11 @@ def _weight_gradients(arch: str, dtype: torch.dtype, outputs: dict[str, object])
         }
         product_dtype = torch.float32 if weighted else dtype
         constants = {
-            **{"WEIGHTED": weighted, "GROUP_M": GROUP_M},
+            **{"SIGNS": signs, "WEIGHTED": weighted, "GROUP_M": GROUP_M},
             "PRECISION": "tf32x3" if product_dtype == torch.float32 else "tf32",
         }
         case = "row weights" if weighted else "plain"
         yield case, weight_gradient_tile(arch, product_dtype), arguments, constants
-
-
-def _accumulations(arch: str, dtype: torch.dtype) -> Iterator[Case]:
-    return _weight_gradients(arch, dtype, {"acc_ptr": "*fp32", "stride_acc": 4096})
-
-
-def _one_shot_signs(arch: str, dtype: torch.dtype) -> Iterator[Case]:
-    return _weight_gradients(arch, dtype, _PLANES)
 
 
 def _packings(arch: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -66,8 +68,8 @@ def _sign_products(arch: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 SIGN_KERNELS = {
-    "sign_accumulate": (sign_accumulate_kernel, _accumulations),
-    "sign_gradient": (sign_gradient_kernel, _one_shot_signs),
+    "sign_accumulate": (weight_gradient_kernel, _accumulations),
+    "sign_gradient": (weight_gradient_kernel, _one_shot_signs),
     "pack_signs": (pack_signs_kernel, _packings),
     "sign_matmul": (sign_matmul_kernel, _sign_products),
 }

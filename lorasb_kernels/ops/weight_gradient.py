@@ -1,8 +1,13 @@
-"""The main loop of `sign_accumulate` and `sign_gradient`: a tile of (w ⊙ dy)ᵀ x.
+"""The kernel shared by `sign_accumulate` and `sign_gradient`: the gradient of a weight.
+
+    G = (w ⊙ dy)ᵀ x         [m, n], over all tokens of a call
+
+`sign_accumulate` adds G to an fp32 accumulator, `sign_gradient` stores the signs of G as bits.
 
 A GEMM over the tokens: both operands lie with their contraction dimension outermost, dy is
-turned on its way to the tensor cores. fp32 accumulator, in registers over all tokens, summed
-in the order of the tokens: the same bits on every run.
+turned on its way to the tensor cores. A block sums its tile in fp32 registers over all tokens,
+in their order: the same bits on every run. Reads dy and x, each once as far as L2 holds the
+tiles of a group; 2·M·m·n flops. From about 500 tokens on it is bound by the tensor cores.
 
 With row weights the products are fp32: w·dy rounded to 16 bits would be another gradient. dy
 and x are then widened in registers and multiplied in three tf32 terms; x, exact in tf32, has
@@ -14,22 +19,28 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile
+from lorasb_kernels.ops.bitplane_tiles import store_signs
+from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.sign_tiles import weight_gradient_tile
 from lorasb_kernels.ops.tiles import architecture
 
 
 @triton.jit
-def gradient_tile(
+def weight_gradient_kernel(
+    acc_ptr,
+    positive_ptr,
+    negative_ptr,
     dy_ptr,
     x_ptr,
     weight_ptr,
     tokens,
     m,
     n,
+    stride_acc,
     stride_dy,
     stride_x,
+    SIGNS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -37,7 +48,6 @@ def gradient_tile(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Returns the program's tile of the gradient, its rows [BLOCK_M] and its column tile."""
     row_tile, column_tile = grouped_tile(tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -45,7 +55,7 @@ def gradient_tile(
     # dy is loaded turned, not turned after loading: only so does Triton keep its loads in flight.
     dy_ptrs = dy_ptr + token.to(tl.int64)[None, :] * stride_dy + rows[:, None]
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + columns[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, tokens, BLOCK_K):
         there = start + token < tokens
         dy = tl.load(dy_ptrs, mask=(rows < m)[:, None] & there[None, :], other=0.0)
@@ -54,26 +64,59 @@ def gradient_tile(
             weight = tl.load(weight_ptr + start + token, mask=there, other=0.0)
             dy = dy.to(tl.float32) * weight[None, :]
             x = x.to(tl.float32)
-        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+        gradient = tl.dot(dy, x, gradient, input_precision=PRECISION)
         dy_ptrs += BLOCK_K * tl.cast(stride_dy, tl.int64)
         x_ptrs += BLOCK_K * tl.cast(stride_x, tl.int64)
-    return acc, rows, column_tile
+
+    if SIGNS:
+        store_signs(positive_ptr, negative_ptr, gradient, rows, column_tile, m, n, BLOCK_M, BLOCK_N)
+    else:
+        acc_ptrs = acc_ptr + rows[:, None] * stride_acc + columns[None, :]
+        mask = (rows < m)[:, None] & (columns < n)[None, :]
+        tl.store(acc_ptrs, tl.load(acc_ptrs, mask=mask) + gradient, mask=mask)
 
 
-def launch_options(
-    grad_output: torch.Tensor, x: torch.Tensor, weighted: bool
-) -> tuple[tuple[int], dict[str, object]]:
-    """Grid and constants of a kernel built on `gradient_tile`."""
-    product_dtype = torch.float32 if weighted else x.dtype
+def sum_tokens(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    *,
+    acc: torch.Tensor | None = None,
+    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Adds G to `acc`, or stores its signs in `planes`: exactly one of them is given.
+
+    Args:
+        dy: [M, m], last dimension contiguous.
+        x: [M, n], dtype of `dy`, last dimension contiguous.
+        row_weight: [M] in fp32, or None for 1 each.
+        acc: [m, n] in fp32, last dimension contiguous.
+        planes: positive and negative, int32 [m, ceil(n/32)] each, contiguous.
+    """
+    (tokens, n), m = x.shape, dy.shape[1]
+    product_dtype = x.dtype if row_weight is None else torch.float32
     tile = weight_gradient_tile(architecture(x.device), product_dtype)
-    blocks = triton.cdiv(grad_output.shape[1], tile.BLOCK_M) * triton.cdiv(x.shape[1], tile.BLOCK_N)
-    constants = {
-        "WEIGHTED": weighted,
-        "GROUP_M": GROUP_M,
-        "PRECISION": dot_precision(product_dtype),
-        **tile.launch_options(),
-    }
-    return (blocks,), constants
+    positive, negative = planes or (None, None)
+    with launch_guard(x):
+        weight_gradient_kernel[(triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)](
+            acc,
+            positive,
+            negative,
+            dy,
+            x,
+            row_weight,
+            tokens,
+            m,
+            n,
+            0 if acc is None else acc.stride(0),
+            dy.stride(0),
+            x.stride(0),
+            SIGNS=planes is not None,
+            WEIGHTED=row_weight is not None,
+            GROUP_M=GROUP_M,
+            PRECISION=dot_precision(product_dtype),
+            **tile.launch_options(),
+        )
 
 
-__all__ = ["gradient_tile", "launch_options"]
+__all__ = ["sum_tokens", "weight_gradient_kernel"]

@@ -20,8 +20,6 @@ from lorasb_kernels.ops.expand import descriptor as expand_descriptor
 from lorasb_kernels.ops.expand import triton as expand
 from lorasb_kernels.ops.factor_gradient import triton as factor_gradient
 from lorasb_kernels.ops.pack_signs import triton as pack_signs
-from lorasb_kernels.ops.sign_accumulate import triton as sign_accumulate
-from lorasb_kernels.ops.sign_gradient import triton as sign_gradient
 from lorasb_kernels.ops.sign_matmul import triton as sign_matmul
 
 ARCH = "sm_86"
@@ -103,8 +101,7 @@ def emulated(multiprocessors: int = 8, **options):
         factor_gradient: "factor_gradient_kernel",
         expand_descriptor: "expand_descriptor_kernel",
         pack_signs: "pack_signs_kernel",
-        sign_accumulate: "sign_accumulate_kernel",
-        sign_gradient: "sign_gradient_kernel",
+        weight_gradient: "weight_gradient_kernel",
         sign_matmul: "sign_matmul_kernel",
     }
     with contextlib.ExitStack() as stack:
