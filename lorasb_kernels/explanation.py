@@ -7,6 +7,7 @@ import torch
 from lorasb_kernels.ops.backend import choose_backend, resolve_backend
 from lorasb_kernels.ops.expand.route import plan_route
 from lorasb_kernels.ops.factor_gradient.tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
@@ -73,6 +74,7 @@ def explain(
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected.
+        FileNotFoundError: `LORASB_TUNING` names a file that is not there.
         RuntimeError: a named backend that cannot run on the device.
     """
     if hasattr(layer_or_shape, "lora_R"):
@@ -87,6 +89,7 @@ def explain(
         trained = ("lora_R",)
     else:
         raise TypeError(f"layer_or_shape is {layer_or_shape!r}; expected a layer or (m, n, r)")
+    shape = LayerShape(tokens, m, n, r, dropout_p or 0.0)
     dtype = dtype or torch.bfloat16
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arch is None:
@@ -98,7 +101,7 @@ def explain(
         raise ValueError(f"arch is {arch!r}; expected one of {ARCHITECTURES}")
     steps = ()
     if backend == "triton":
-        steps = _triton_steps(tokens, m, n, r, dtype, (dropout_p or 0) > 0, arch, sms, trained)
+        steps = _triton_steps(shape, dtype, arch, sms, trained)
     return Explanation(backend, reason, steps)
 
 
@@ -108,7 +111,9 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     return resolve_backend(backend, device, dtype), "asked for by name"
 
 
-def _triton_steps(M, m, n, r, dtype, dropout, arch, sms, trained) -> tuple[Step, ...]:
+def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, ...]:
+    M, m, n, r = shape.M, shape.m, shape.n, shape.r
+    dropout = shape.dropout_p > 0
     width, tiles = rank_tiles(r)
     partial = gradient_tile(arch, dtype)
     parts = row_splits(M, partial)[0]
@@ -116,7 +121,7 @@ def _triton_steps(M, m, n, r, dtype, dropout, arch, sms, trained) -> tuple[Step,
 
     def projection(operation: str, columns: int) -> Step:
         tile = projection_tile(arch, dtype, r)
-        row_tiles = max(1, -(-M // tile.BLOCK_M))
+        row_tiles = -(-M // tile.BLOCK_M)
         splits, _ = column_splits(row_tiles, columns, tile, sms)
         reason = (
             f"rank {r} as {tiles} tiles of {width}; {row_tiles} row tiles on {sms} "

@@ -25,6 +25,7 @@ from lorasb_kernels.ops.expand.route import (
     shape_key,
 )
 from lorasb_kernels.ops.expand.triton import RUN
+from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.tiles import (
     EXPAND_CANDIDATES,
     ExpandTile,
@@ -32,17 +33,6 @@ from lorasb_kernels.ops.tiles import (
     descriptor_candidates,
     expand_tile,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """A layer [m, n] at rank r on M tokens; `dropout_p` falls on the input gradient."""
-
-    M: int
-    m: int
-    n: int
-    r: int
-    dropout_p: float = 0.0
 
 
 def tune(
@@ -164,4 +154,4 @@ def _microseconds(function: Callable[[], torch.Tensor]) -> float:
     return 1000 * triton.testing.do_bench(function, return_mode="median")
 
 
-__all__ = ["LayerShape", "measure", "tune"]
+__all__ = ["measure", "tune"]

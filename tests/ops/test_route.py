@@ -8,6 +8,7 @@ import torch
 import lorasb_kernels
 from lorasb_kernels.ops import tune
 from lorasb_kernels.ops.expand import route
+from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
@@ -137,7 +138,7 @@ def test_measuring_keeps_the_fastest_tile_of_each_route(transposed, monkeypatch)
     monkeypatch.setattr(tune, "_microseconds", timed)
     monkeypatch.setitem(tune.EXPAND_CANDIDATES, 4, (small,))
     monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (small, wide))
-    layer = tune.LayerShape(M=20, m=24, n=40, r=4, dropout_p=0.1)
+    layer = LayerShape(M=20, m=24, n=40, r=4, dropout_p=0.1)
     key, entry = tune.measure(layer, transposed, torch.float32, CPU)
     assert {name: route["microseconds"] for name, route in entry.items()} == {
         "two_call": 2.0,
@@ -154,7 +155,7 @@ def test_tensor_maps_are_measured_where_they_can_be_made(monkeypatch):
     monkeypatch.setattr(tune, "_microseconds", lambda function: 1.0)
     monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (ExpandTile(4, 2, 16, 16, 16),))
     for n, r, measured in ((40, 4, True), (40, 3, False), (39, 4, False)):
-        layer = tune.LayerShape(M=20, m=24, n=n, r=r)
+        layer = LayerShape(M=20, m=24, n=n, r=r)
         _, entry = tune.measure(layer, True, torch.float32, CPU)
         assert ("fused_descriptor" in entry) == measured
 
@@ -168,7 +169,7 @@ def test_tuning_needs_a_gpu(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tuning_on_the_device(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
-    measured = tune.tune([tune.LayerShape(256, 512, 256, 32)], path)
+    measured = tune.tune([LayerShape(256, 512, 256, 32)], path)
     monkeypatch.setenv("LORASB_TUNING", str(path))
     route.forget_tuning()
     assert len(measured) == 2

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
             dropout_p=options.dropout,
             arch=options.arch,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise InputError(str(error)) from error
     print(explanation)
     return 0

@@ -1,8 +1,9 @@
 """Measure on this GPU which route the frozen product takes, and save it.
 
-Times the fused kernel against the vendor's GEMM with an in-place expansion, for the forward
-product and the input gradient of each layer shape, and writes the faster one to a JSON file.
-Set LORASB_TUNING to that file to use it. Needs a CUDA device.
+Times the vendor's GEMM with an in-place expansion, the fused kernel and, on Hopper, the fused
+kernel by tensor maps, for the forward product and the input gradient of each layer shape, and
+writes what it finds to a JSON file. Set LORASB_TUNING to that file to take the fastest. Needs a
+CUDA device.
 
     lorasb tune tuning.json --layer 4096 4096 --layer 14336 4096 --r 96 --tokens 8192 2048
 """
@@ -37,14 +38,15 @@ def run(options: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise InputError("no CUDA device is available; expected one: nothing else is timed")
-    from lorasb_kernels.ops.tune import LayerShape, tune
+    from lorasb_kernels.ops.layer_shape import LayerShape
+    from lorasb_kernels.ops.tune import tune
 
-    layers = [
-        LayerShape(tokens, m, n, options.r, options.dropout)
-        for m, n in options.layer
-        for tokens in options.tokens
-    ]
     try:
+        layers = [
+            LayerShape(tokens, m, n, options.r, options.dropout)
+            for m, n in options.layer
+            for tokens in options.tokens
+        ]
         tune(layers, options.file, dtype=getattr(torch, options.dtype), progress=print)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
