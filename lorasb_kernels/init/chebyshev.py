@@ -1,17 +1,23 @@
-"""The dominant eigenspace of A Aᵀ by Chebyshev-filtered block subspace iteration.
+"""The dominant eigenspace of A Aᵀ: a block Krylov space, then Chebyshev-filtered iteration.
 
-Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using
-Chebyshev-filtered subspace iteration", J. Comput. Phys. 219 (2006). Each cycle
+The start is the best block in a Krylov space span(X, A Aᵀ X, (A Aᵀ)² X) of a random X
+(Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate singular
+value decomposition", NeurIPS 2015). The signs of gradients, whose spectra fall fast at first,
+are done with it.
 
-    1. projects: θ, X ← Ritz values and vectors of the block (one product, one small eigh);
-    2. bounds the eigenvalues not wanted by a = θ_q, the smallest Ritz value;
-    3. filters: X ← T_d(2 A Aᵀ/a − I) X, which keeps what lies in [0, a] below 1 and lets
+Flat spectra go on with the filtered subspace iteration of Zhou, Saad, Tiago and Chelikowsky,
+"Self-consistent-field calculations using Chebyshev-filtered subspace iteration", J. Comput.
+Phys. 219 (2006). Each cycle
+
+    1. bounds the eigenvalues not wanted by a = θ_q, the smallest Ritz value of the block;
+    2. filters: X ← T_d(2 A Aᵀ/a − I) X, which keeps what lies in [0, a] below 1 and lets
        what lies above grow like cosh(d·arccosh(2θ/a − 1)), d products long;
-    4. orthonormalizes.
+    3. orthonormalizes;
+    4. projects: θ, X ← Ritz values and vectors of the block (one product, one small eigh).
 
-Sign matrices have nearly flat spectra. Plain subspace iteration gains a factor (θ/a) a
-product there; the polynomial gains what Krylov methods do with a block of fixed width and
-one orthonormalization a cycle instead of one a product.
+Plain subspace iteration gains a factor (θ/a) a product; the polynomial gains what Krylov
+methods do with a block of fixed width and one orthonormalization a cycle instead of one a
+product.
 
 Every step works on a stack of matrices of one shape, [b, k, q].
 """
@@ -26,8 +32,8 @@ from lorasb_kernels.init.orthonormal import orthonormalize
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-# Largest degree of the filter in each cycle: the bound `a` is poor at first, and a high
-# degree with a low bound would spend itself on directions that are not wanted.
+# Largest degree of the filter, by blocks and cycles gone before: the bound `a` is poor at first,
+# and a high degree with a low bound would spend itself on directions that are not wanted.
 DEGREES = (4, 8, 12, 16)
 
 # How much further than the rest the filter may amplify a direction. Past about 1/√eps the
@@ -40,8 +46,10 @@ class Subspace:
     """Approximate dominant eigenspace of one matrix.
 
     Args:
-        basis: Ritz vectors [k, r], by falling Ritz value.
-        gap: estimated shortfall of Σθ, relative, from the best r-dimensional subspace.
+        basis: A Aᵀ times the Ritz vectors [k, r], by falling Ritz value: a step closer than
+            they are.
+        gap: estimated shortfall of captured energy, relative to the best r-dimensional
+            subspace's.
         cycles: filters applied.
     """
 
@@ -51,36 +59,44 @@ class Subspace:
 
 
 def dominant_subspace(
-    products: Sequence[Product], block: torch.Tensor, r: int, tol: float, max_iter: int
+    products: Sequence[Product],
+    block: torch.Tensor,
+    blocks: int,
+    r: int,
+    tol: float,
+    max_iter: int,
 ) -> list[Subspace]:
     """Approximates the eigenspaces of the r largest eigenvalues of b matrices A Aᵀ.
 
     Args:
         products: b functions, each X [k, q] → A Aᵀ X.
-        block: starting block [b, k, q], q > r; usually random.
+        block: orthonormal starting block [b, k, q], q > r; usually random.
+        blocks: X, A Aᵀ X, … of the Krylov space, blocks·q ≤ k; 1 for `block` alone.
         r: dimension wanted.
         tol: a matrix is done when its estimated gap is at most this.
         max_iter: most cycles.
     """
     found: list[Subspace | None] = [None] * len(products)
     active = list(range(len(products)))
-    X = orthonormalize(_apply(products, active, block))
+    width = block.shape[-1]
+    theta, X, W = _rayleigh_ritz(*_krylov_space(products, block, blocks), width)
     for cycle in range(max_iter + 1):
-        theta, X, W = _rayleigh_ritz(X, _apply(products, active, X))
-        residual = (W - X * theta[:, None]).norm(dim=-2)
+        residual = (W - X * theta[:, None]).square().sum(-2).sqrt()
         gap = _energy_gap(theta, residual, r)
         done = [g <= tol or cycle == max_iter for g in gap.tolist()]
         for position, index in enumerate(active):
             if done[position]:
-                found[index] = Subspace(X[position, :, :r], gap[position].item(), cycle)
+                found[index] = Subspace(W[position, :, :r], gap[position].item(), cycle)
         rest = [position for position, finished in enumerate(done) if not finished]
         if not rest:
             return found
-        active = [active[position] for position in rest]
-        X, W, theta, residual, gap = (t[rest] for t in (X, W, theta, residual, gap))
+        if len(rest) < len(active):
+            active = [active[position] for position in rest]
+            X, W, theta, residual, gap = (t[rest] for t in (X, W, theta, residual, gap))
         locked = _locked(theta, residual, r, tol)
-        degree = _degree(theta, gap, locked, r, tol, cycle)
+        degree = _degree(theta, gap, locked, r, tol, cycle + blocks - 1)
         X = orthonormalize(_filter(products, active, X, W, theta, locked, degree))
+        theta, X, W = _rayleigh_ritz(X, _apply(products, active, X), width)
     raise AssertionError("unreachable: the last cycle finishes every matrix")
 
 
@@ -88,22 +104,53 @@ def _apply(products: Sequence[Product], active: list[int], block: torch.Tensor) 
     return torch.stack([products[i](X) for i, X in zip(active, block, strict=True)])
 
 
-def _rayleigh_ritz(X: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Ritz values [b, q], falling, Ritz vectors and their products, given W = A Aᵀ X."""
+def _krylov_space(
+    products: Sequence[Product], block: torch.Tensor, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Basis X of the Krylov space of `block`, and W = A Aᵀ X.
+
+    X is orthonormal unless the space holds fewer dimensions than columns (A of low rank).
+    Then residuals are large, whatever the Ritz values, and the next cycle mends it.
+    """
+    everything = list(range(len(products)))
+    X = block
+    W = following = _apply(products, everything, block)
+    for _ in range(blocks - 1):
+        for _ in range(2):  # the second pass removes what rounding left of the first
+            following = following - X @ (X.mT @ following)
+        following = orthonormalize(following)
+        X = torch.cat([X, following], dim=-1)
+        following = _apply(products, everything, following)
+        W = torch.cat([W, following], dim=-1)
+    return X, W
+
+
+def _rayleigh_ritz(X: torch.Tensor, W: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+    """The `width` largest Ritz values [b, q], falling, Ritz vectors and their products.
+
+    Args:
+        X: orthonormal basis [b, k, ≥ q].
+        W: A Aᵀ X.
+        width: q.
+    """
     theta, rotation = torch.linalg.eigh(X.mT @ W)
-    theta, rotation = theta.flip(-1), rotation.flip(-1)
+    theta, rotation = theta.flip(-1)[:, :width], rotation.flip(-1)[..., :width]
     return theta, X @ rotation, W @ rotation
 
 
 def _energy_gap(theta: torch.Tensor, residual: torch.Tensor, r: int) -> torch.Tensor:
-    """Estimated relative shortfall of the sum of the r leading Ritz values, [b].
+    """Estimated relative shortfall of the energy in A Aᵀ X for the r leading X, [b].
 
     Kato–Temple: an eigenvalue is within ρ²/δ of its Ritz value, ρ the residual and δ the
-    distance to the rest of the spectrum, here to the end of the block; never beyond ρ.
+    distance to the rest of the spectrum, here to θ_q, the end of the block; never beyond ρ.
+    What a Ritz vector holds of the rest, eigenvalues up to λ ≤ θ_q + ρ_q, A Aᵀ shrinks by λ/θ
+    beside it, and its square counts.
     """
-    distance = theta - theta[:, -1:]
-    shortfall = torch.minimum(residual, residual**2 / distance.clamp_min(_tiny(theta)))
-    return shortfall[:, :r].sum(-1) / theta[:, :r].sum(-1).clamp_min(_tiny(theta))
+    distance = (theta - theta[:, -1:]).clamp_min(_tiny(theta))
+    shortfall = torch.minimum(residual, residual**2 / distance)
+    shrinking = (theta[:, -1:] + residual[:, -1:]) / theta
+    shortfall = shortfall * shrinking.square().clamp_max(1)
+    return shortfall[:, :r].nansum(-1) / theta[:, :r].sum(-1).clamp_min(_tiny(theta))
 
 
 def _tiny(tensor: torch.Tensor) -> float:
@@ -124,16 +171,16 @@ def _bound(theta: torch.Tensor) -> torch.Tensor:
 
 
 def _degree(
-    theta: torch.Tensor, gap: torch.Tensor, locked: int, r: int, tol: float, cycle: int
+    theta: torch.Tensor, gap: torch.Tensor, locked: int, r: int, tol: float, stage: int
 ) -> int:
-    """The degree that reaches `tol`, within what amplification and the cycle allow."""
+    """The degree that reaches `tol`, within what amplification and the stage allow."""
     bound = _bound(theta)
     largest = (2 * theta[:, locked] / bound - 1).max().item()
     smallest = (2 * theta[:, r - 1] / bound - 1).min().item()
     affordable = math.acosh(GROWTH) / math.acosh(max(largest, 1 + 1e-6))
     shrink_by = math.sqrt(max(2 * gap.max().item() / tol, 1.0))
     enough = math.acosh(shrink_by) / math.acosh(max(smallest, 1 + 1e-6))
-    most = DEGREES[min(cycle, len(DEGREES) - 1)]
+    most = DEGREES[min(stage, len(DEGREES) - 1)]
     return max(1, min(most, int(affordable), math.ceil(enough)))
 
 
@@ -160,12 +207,14 @@ def _filter(
 
     scale = first
     previous = X[..., locked:]
-    current = (W[..., locked:] - center * previous) * (scale / center)
+    current = W[..., locked:] * (scale / center) - previous * scale
     for _ in range(degree - 1):
         following = 1 / (2 / first - scale)
-        image = _apply(products, active, current) - deflation @ (deflation.mT @ current)
-        image = (image - center * current) * (2 * following / center)
-        previous, current = current, image - scale * following * previous
+        image = _apply(products, active, current)
+        if locked:
+            image -= deflation @ (deflation.mT @ current)
+        image.mul_(2 * following / center).addcmul_(current, -2 * following)
+        previous, current = current, image.addcmul_(previous, -scale * following)
         scale = following
     return torch.cat([fixed, current - fixed @ (fixed.mT @ current)], dim=-1)
 

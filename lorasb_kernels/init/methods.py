@@ -28,7 +28,7 @@ from lorasb_kernels.init.estimate import estimate_gradients, estimate_updates
 from lorasb_kernels.init.losses import sample_count
 from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.init.svd import BATCH, truncated_svd, truncated_svd_batch
+from lorasb_kernels.init.svd import GPU, truncated_svd, truncated_svd_batch
 from lorasb_kernels.nn import kaiming_uniform
 from lorasb_kernels.quantization import dense_weight
 
@@ -185,7 +185,7 @@ def _lora_sb_in_batches(
 
     for name, signs in updates:
         waiting.setdefault(signs.shape, {})[name] = signs
-        if len(waiting[signs.shape]) == BATCH:
+        if len(waiting[signs.shape]) == GPU.batch:
             yield from decompose(signs.shape)
     for shape in list(waiting):
         yield from decompose(shape)

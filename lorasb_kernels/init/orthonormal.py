@@ -1,11 +1,11 @@
-"""Orthonormal bases of tall blocks by Cholesky QR.
+"""Orthonormal bases of tall blocks.
 
-CholeskyQR2 (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 44, 2015): with XᵀX = RᵀR,
-X R⁻¹ is orthonormal up to the square of the condition of X; a second pass brings it to
-rounding. All of it is matrix products, several times faster than Householder QR on a GPU,
-as long as the condition stays below about 1/√eps. Columns are scaled to unit norm first,
-so that only their directions matter, and where the first pass leaves the block far from
-orthonormal, Householder QR takes over.
+On the CPU by Householder QR. On a GPU, where that is many small steps, by CholeskyQR2
+(Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 44, 2015): with XᵀX = RᵀR, X R⁻¹ is
+orthonormal up to the square of the condition of X; a second pass brings it to rounding. All
+of it is matrix products, as long as the condition stays below about 1/√eps. Columns are
+scaled to unit norm first, so that only their directions matter, and where the first pass
+leaves the block far from orthonormal, Householder QR takes over.
 """
 
 import torch
@@ -15,10 +15,15 @@ FIRST_PASS_ERROR = 0.1
 
 
 def orthonormalize(block: torch.Tensor) -> torch.Tensor:
-    """Orthonormal Q [..., k, q] whose span contains that of `block` [..., k, q], q ≤ k.
+    """Orthonormal Q [b, k, q] whose span contains that of `block` [b, k, q], q ≤ k.
 
     Columns that are zero or dependent are replaced by directions orthogonal to the rest.
     """
+    return torch.linalg.qr(block).Q if block.device.type == "cpu" else cholesky_qr2(block)
+
+
+def cholesky_qr2(block: torch.Tensor) -> torch.Tensor:
+    """`orthonormalize` by two passes of Cholesky QR."""
     norm = block.norm(dim=-2, keepdim=True)
     block = block / torch.where(norm > 0, norm, 1)
     factor, failed = torch.linalg.cholesky_ex(block.mT @ block, upper=True)
@@ -29,10 +34,7 @@ def orthonormalize(block: torch.Tensor) -> torch.Tensor:
     factor, _ = torch.linalg.cholesky_ex(gram, upper=True)
     basis = torch.linalg.solve_triangular(factor, basis, upper=True, left=False)
     if not good.all():
-        householder, _ = torch.linalg.qr(block[~good] if good.dim() else block)
-        if good.dim() == 0:
-            return householder
-        basis[~good] = householder
+        basis[~good] = torch.linalg.qr(block[~good]).Q
     return basis
 
 
@@ -43,4 +45,4 @@ def orthogonality_error(basis: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(gram - identity)
 
 
-__all__ = ["orthogonality_error", "orthonormalize"]
+__all__ = ["cholesky_qr2", "orthogonality_error", "orthonormalize"]

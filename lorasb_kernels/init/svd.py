@@ -25,12 +25,32 @@ from lorasb_kernels.init.sign_matrix import SignMatrix
 
 Matrix = torch.Tensor | SignMatrix
 
-# Matrices iterated together: many on a GPU, where the small factorizations are bound by
-# launches; one on the CPU, which keeps the working set in cache.
-BATCH, CPU_BATCH = 32, 1
 
-# Products with the block, a column, that an iteration takes; measured on random signs.
-EXPECTED_PRODUCTS = 20
+@dataclass(frozen=True)
+class Tactics:
+    """How the work is arranged on a kind of device; the results agree to rounding.
+
+    Args:
+        batch: matrices iterated together.
+        unpack: whether a sign matrix is made dense, one batch at a time.
+        blocks: of the Krylov space that the search starts from.
+    """
+
+    batch: int
+    unpack: bool
+    blocks: int
+
+
+# One matrix at a time stays in cache; dense products cost less than unpacking in each.
+CPU = Tactics(batch=1, unpack=True, blocks=3)
+
+# Factorizations are bound by launches, and large ones slow: many matrices at a time, and no
+# more columns than the block has. Packed planes multiply as fast as they are read.
+GPU = Tactics(batch=32, unpack=False, blocks=1)
+
+# Blocks of the iteration's width that are multiplied before it ends: 3 and a few more on the
+# signs of gradients, about 12 on random signs.
+EXPECTED_PRODUCTS = 6
 
 
 @dataclass(frozen=True)
@@ -115,15 +135,16 @@ def truncated_svd_batch(
     """
     m, n = _check_matrices(matrices)
     _check_parameters(m, n, r, tol, max_iter, oversample)
-    k = min(m, n)
-    width = min(k, r + (max(16, r // 2) if oversample is None else oversample))
+    width = min(m, n, r + (max(16, r // 2) if oversample is None else oversample))
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    start = torch.randn(k, width, generator=generator, device=generator.device)
-    size = CPU_BATCH if matrices[0].device.type == "cpu" else BATCH
+    tactics = _tactics(matrices[0].device)
+    start = torch.randn(1, min(m, n), width, generator=generator, device=generator.device)
+    start = orthonormalize(start.to(matrices[0].device, _working_dtype(matrices[0])))
     results = []
-    for first in range(0, len(matrices), size):
-        results += _decompose(matrices[first : first + size], r, start, tol, max_iter)
+    for first in range(0, len(matrices), tactics.batch):
+        several = matrices[first : first + tactics.batch]
+        results += _decompose(several, r, start, tol, max_iter, tactics)
     missed = [i for i, result in enumerate(results) if not result.report.converged]
     if missed:
         worst = max(results[i].report.gap for i in missed)
@@ -135,22 +156,30 @@ def truncated_svd_batch(
     return results
 
 
+def _tactics(device: torch.device) -> Tactics:
+    return CPU if device.type == "cpu" else GPU
+
+
 def _decompose(
-    matrices: Sequence[Matrix], r: int, start: torch.Tensor, tol: float, max_iter: int
+    matrices: Sequence[Matrix],
+    r: int,
+    start: torch.Tensor,
+    tol: float,
+    max_iter: int,
+    tactics: Tactics,
 ) -> list[TruncatedSVD]:
     swap = matrices[0].shape[0] > matrices[0].shape[1]
     scales = [_scale(matrix) for matrix in matrices]
-    wide = [
-        _scaled(matrix.T if swap else matrix, s) for matrix, s in zip(matrices, scales, strict=True)
-    ]
-    k, width = start.shape
+    wide = [_working(matrix, s, tactics.unpack) for matrix, s in zip(matrices, scales, strict=True)]
+    wide = [A.T if swap else A for A in wide]
+    _, k, width = start.shape
     exact = _eigh_is_faster(k, width)
     if exact:
         subspaces = [_whole_eigenspace(_gram(A), r) for A in wide]
     else:
         products = [_gram_product(A, width) for A in wide]
-        block = start.to(matrices[0].device, _working_dtype(matrices[0]))
-        subspaces = dominant_subspace(products, block.expand(len(wide), -1, -1), r, tol, max_iter)
+        block = start.expand(len(wide), -1, -1)
+        subspaces = dominant_subspace(products, block, tactics.blocks, r, tol, max_iter)
     X = orthonormalize(torch.stack([subspace.basis for subspace in subspaces]))
     Y = torch.stack([A.T @ basis for A, basis in zip(wide, X, strict=True)])
     Q = orthonormalize(Y)
@@ -178,7 +207,7 @@ def _decompose(
 
 def _eigh_is_faster(k: int, width: int) -> bool:
     """Measured on the CPU: filtering wins once the side is long beside the block."""
-    return k <= max(256, 4 * width)
+    return k <= 4 * width
 
 
 def _whole_eigenspace(gram: torch.Tensor, r: int) -> Subspace:
@@ -214,16 +243,17 @@ def _scale(matrix: Matrix) -> float:
     return matrix.detach().abs().amax().item() or 1.0
 
 
-def _scaled(matrix: Matrix, scale: float) -> Matrix:
+def _working(matrix: Matrix, scale: float, unpack: bool) -> Matrix:
+    """What is multiplied: the matrix over its scale; packed signs unless `unpack`."""
     if isinstance(matrix, SignMatrix):
-        return matrix
+        return matrix.to_dense() if unpack else matrix
     return matrix.detach().to(_working_dtype(matrix)) / scale
 
 
 def _leading_sign(U: torch.Tensor) -> torch.Tensor:
     """±1 [b, 1, r] that makes the entry of largest magnitude in each column positive."""
-    place = U.abs().argmax(dim=-2, keepdim=True)
-    return torch.where(U.gather(-2, place) < 0, -1.0, 1.0).to(U.dtype)
+    low, high = U.aminmax(dim=-2, keepdim=True)
+    return torch.where(-low > high, -1.0, 1.0).to(U.dtype)
 
 
 def _rank_threshold(S: torch.Tensor, longest: int) -> torch.Tensor:
@@ -244,7 +274,7 @@ def _check_matrices(matrices: Sequence[Matrix]) -> tuple[int, int]:
                 raise TypeError(f"{name} has dtype {matrix.dtype}; expected floating point")
             bad = int((~matrix.isfinite()).sum())
         elif isinstance(matrix, SignMatrix):
-            bad = matrix.nonfinite()
+            bad = matrix.nonfinite() if (matrix.positive & matrix.negative).any() else 0
         else:
             raise TypeError(
                 f"{name} is a {type(matrix).__name__}; expected a torch.Tensor or a SignMatrix"

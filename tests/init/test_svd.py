@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lorasb_kernels.init import SignMatrix, truncated_svd, truncated_svd_batch
-from lorasb_kernels.init.orthonormal import orthonormalize
+from lorasb_kernels.init import SignMatrix, chebyshev, svd, truncated_svd, truncated_svd_batch
+from lorasb_kernels.init.orthonormal import cholesky_qr2, orthonormalize
 
 
 def generator(seed=0):
@@ -181,9 +181,23 @@ def test_largest_entry_of_each_left_vector_is_positive():
     assert U.gather(0, U.abs().argmax(0, keepdim=True)).gt(0).all()
 
 
-def test_batch_agrees_with_single_matrices(monkeypatch):
-    """In lockstep, as on a GPU, with matrices that converge in different cycles."""
-    monkeypatch.setattr("lorasb_kernels.init.svd.CPU_BATCH", 3)
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Many matrices in lockstep, from a random block; packed products, Cholesky QR."""
+    monkeypatch.setattr(svd, "_tactics", lambda device: svd.GPU)
+    monkeypatch.setattr(svd, "orthonormalize", cholesky_qr2)
+    monkeypatch.setattr(chebyshev, "orthonormalize", cholesky_qr2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captures_as_much_by_the_tactics_of_a_gpu(name, as_on_a_gpu):
+    dense, r = CASES[name]
+    signs = torch.equal(dense, dense.sign())
+    check(truncated_svd(SignMatrix.from_dense(dense) if signs else dense, r), dense, r)
+
+
+def test_batch_agrees_with_single_matrices(as_on_a_gpu):
+    """With matrices that converge in different cycles."""
     dense = [random_signs(300, 320), torch.zeros(300, 320), low_rank_signs(300, 320)]
     dense += [torch.linalg.qr(random_signs(320, 300))[0].T, random_signs(300, 320, seed=8)]
     batch = truncated_svd_batch(dense, 8)
@@ -211,15 +225,16 @@ def test_running_out_of_iterations_warns_and_says_so():
     assert result.report.gap > 1e-6
 
 
+@pytest.mark.parametrize("orthonormal", [orthonormalize, cholesky_qr2])
 @pytest.mark.parametrize("noise", [None, 0, 1e-6, 1e-4, 3e-4, 1e-3, 1e-2])
-def test_orthonormalize_survives_dependent_columns(noise):
+def test_orthonormalize_survives_dependent_columns(noise, orthonormal):
     """A block of zeros, and columns that repeat others but for some noise."""
     block = torch.randn(2, 100, 8, generator=generator())
     if noise is None:
         block[0] = 0
     else:
         block[0, :, 4:] = block[0, :, :4] + noise * block[1, :, :4]
-    basis = orthonormalize(block).double()
+    basis = orthonormal(block).double()
     assert (basis.mT @ basis - torch.eye(8)).abs().max() <= 2e-6
     projected = basis[1] @ (basis[1].T @ block[1].double())
     assert torch.allclose(projected, block[1].double(), atol=1e-5)
