@@ -3,7 +3,8 @@
 The first layer of a group to see an input computes the outputs of all of them in one
 `lorasb_group` call; the others find theirs ready. A layer called with another input than its
 siblings just computes for itself, so a wrong guess about the model costs time, never results.
-Under `torch.compile` every layer computes for itself.
+Under `torch.compile` every layer computes for itself: a tensor's version cannot be read while
+it is traced, so a change of the input between two siblings would go unseen.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class SharedInput:
 
     def forward(self, layer: LoRASBLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The output of `layer` for `x`; None when it has to compute for itself."""
-        if torch.compiler.is_compiling():  # outputs kept between calls would break the graph
+        if torch.compiler.is_compiling():
             return None
         pending, key = self._pending, id(layer)
         if (
