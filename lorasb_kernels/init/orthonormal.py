@@ -4,14 +4,11 @@ On the CPU by Householder QR. On a GPU, where that is many small steps, by Chole
 (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 44, 2015): with XᵀX = RᵀR, X R⁻¹ is
 orthonormal up to the square of the condition of X; a second pass brings it to rounding. All
 of it is matrix products, as long as the condition stays below about 1/√eps. Columns are
-scaled to unit norm first, so that only their directions matter, and where the first pass
-leaves the block far from orthonormal, Householder QR takes over.
+scaled to unit norm first, so that only their directions matter. Where that is not enough, a
+factorization fails, and Householder QR takes over.
 """
 
 import torch
-
-# ‖QᵀQ − I‖ that a first pass may leave for the second to reach rounding.
-FIRST_PASS_ERROR = 0.1
 
 
 def orthonormalize(block: torch.Tensor) -> torch.Tensor:
@@ -28,13 +25,11 @@ def cholesky_qr2(block: torch.Tensor) -> torch.Tensor:
     block = block / torch.where(norm > 0, norm, 1)
     factor, failed = torch.linalg.cholesky_ex(block.mT @ block, upper=True)
     basis = torch.linalg.solve_triangular(factor, block, upper=True, left=False)
-    gram = basis.mT @ basis
-    error = (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).abs()
-    good = (failed == 0) & (error.amax(dim=(-2, -1)) < FIRST_PASS_ERROR)
-    factor, _ = torch.linalg.cholesky_ex(gram, upper=True)
+    factor, failed_again = torch.linalg.cholesky_ex(basis.mT @ basis, upper=True)
     basis = torch.linalg.solve_triangular(factor, basis, upper=True, left=False)
-    if not good.all():
-        basis[~good] = torch.linalg.qr(block[~good]).Q
+    failed = failed + failed_again > 0
+    if failed.any():
+        basis[failed] = torch.linalg.qr(block[failed]).Q
     return basis
 
 

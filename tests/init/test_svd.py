@@ -154,6 +154,15 @@ def test_scale_of_the_matrix_does_not_matter(scale):
     assert torch.allclose(S / scale, truncated_svd(dense, 8).S, rtol=1e-5)
 
 
+@pytest.mark.parametrize("largest", [1.01, 3.0, 1e2, 1e5])
+def test_the_filter_amplifies_no_more_than_an_orthonormalization_bears(largest):
+    """T_d at the largest Ritz value, or d = 1, where the filter is a plain power step."""
+    theta, gap = torch.tensor([[largest, 1.001, 1.0]]), torch.tensor([0.5])
+    degree = chebyshev._degree(theta, gap, 0, 2, 5e-5, 3)
+    amplified = math.cosh(degree * math.acosh(2 * largest - 1))
+    assert degree == 1 or amplified <= 1.001e4
+
+
 def test_estimated_gap_is_the_right_size():
     """At tolerances loose enough for the true gap to stand clear of rounding."""
     dense = random_signs(400, 600)
