@@ -1,4 +1,4 @@
-"""Fused kernels for low-rank adapters around frozen linear layers (LoRA-SB, LoRA-XS).
+"""Fused kernels for low-rank adapters around frozen linear layers (LoRA-SB, LoRA-XS, LoRA).
 
 Public names are imported at first use: `import lorasb_kernels` costs little more than
 `import torch` and needs neither triton, nor transformers, nor a GPU.
@@ -12,9 +12,11 @@ _HOME = {
     "functional": "lorasb_kernels.functional",
     "init": "lorasb_kernels.init",
     "SignMatrix": "lorasb_kernels.init",
+    "LoRALinear": "lorasb_kernels.nn",
     "LoRASBConfig": "lorasb_kernels.config",
     "LoRASBLinear": "lorasb_kernels.nn",
     "PackedCores": "lorasb_kernels.packing",
+    "PreconditionedAdamW": "lorasb_kernels.optim",
     "adapt": "lorasb_kernels.adaptation",
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
