@@ -220,7 +220,7 @@ def check_expand():
 
 def check_expand_descriptor():
     """The kernel of sm_90, whose descriptors Triton turns into pointers for sm_86."""
-    tile = ExpandTile(num_warps=8, num_stages=3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64)
+    tile = ExpandTile(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
     for M, N, K, r, transposed, dropout_p in (
         (75, 136, 200, 40, False, 0.0),
         (70, 136, 72, 24, True, 0.3),
@@ -233,16 +233,15 @@ def check_expand_descriptor():
 
 def check_single_precision():
     """fp32 operands as three tf32 products keep the contract; one product would not."""
-    M, n, r = 40, 136, 24
-    x, lora_A, weight, factor = (
+    M, n, r = 40, 136, 16
+    x, weight, factor = (
         normal(*shape, dtype=torch.float32, device=CPU, seed=seed)
-        for seed, shape in enumerate([(M, n), (r, n), (72, n), (72, r)])
+        for seed, shape in enumerate([(M, n), (72, n), (n, r)])
     )
-    h, tile = x[:, :r].contiguous(), expand_tile(ARCH, torch.float32, False)
+    p, tile = x[:, :r].contiguous(), expand_tile(ARCH, torch.float32, False)
     for name, function, arguments in (
-        ("shrink", shrink, (x, lora_A, core_of(r), SCALING, 0.0, None)),
-        ("expand", partial(fused_expand, tile=tile), (x, weight, h, factor, None, 0.0, None)),
-        ("core_backward", core_backward, (x, h, lora_A.T, core_of(r), SCALING)),
+        ("expand", partial(fused_expand, tile=tile), (x, weight, p, factor[:72], None, 0.0, None)),
+        ("core_backward", core_backward, (x, p, factor, core_of(r), SCALING)),
     ):
         with emulated():
             outputs = as_tuple(function(*arguments))
