@@ -26,7 +26,7 @@ from torch import nn
 
 from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.config import LoRASBConfig
-from lorasb_kernels.files import write_tensors, write_text
+from lorasb_kernels.files import read_json, write_tensors, write_text
 from lorasb_kernels.hub import local_folder
 from lorasb_kernels.nn import LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, quantization_of
@@ -197,8 +197,8 @@ def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
     factors = [name for name in subspace if name.endswith((".lora_A", ".lora_B"))]
     for name in sorted(factors or subspace):
         tensor = subspace[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode("utf-8", "replace"))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -293,10 +293,7 @@ def _read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a file that save_adapter wrote")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is not an adapter record of format {FORMAT}")
     if not isinstance(record.get("subspace"), str) or not isinstance(record.get("config"), dict):
@@ -325,7 +322,8 @@ def check_tensors(
             raise ValueError(
                 f"{path}: {name} has dtype {tensor.dtype}; expected {expected[name].dtype}"
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # As it will be held: 1e300 in a float64 file is infinite in a float32 layer.
+        if tensor.is_floating_point() and not tensor.to(expected[name].dtype).isfinite().all():
             raise ValueError(f"{path}: {name} holds non-finite values")
 
 
@@ -345,13 +343,15 @@ def check_base(
 
     Weights that were quantized in another way, or not at all, need only be alike.
     """
-    probe = subspace[f"{name}.weight_probe"].float()
-    own = _probe(weight).float().cpu()
-    if same_quantization:
-        other = ((probe - own).abs() > _PROBE_TOLERANCE * own.abs() + 1e-6).any()
+    probe, own = subspace.get(f"{name}.weight_probe"), _probe(weight).float().cpu()
+    if probe is None or probe.shape != own.shape:
+        known = False
+    elif same_quantization:
+        rounding = _PROBE_TOLERANCE * own.abs() + 1e-6
+        known = ((probe.float() - own).abs() <= rounding).all()
     else:
-        other = torch.cosine_similarity(probe, own, dim=0) < _PROBE_LIKENESS
-    if other:
+        known = torch.cosine_similarity(probe.float(), own, dim=0) >= _PROBE_LIKENESS
+    if not known:
         raise ValueError(
             f"the weight of {name} is not the one this adapter was made for; "
             f"expected the base model {base_model!r}"

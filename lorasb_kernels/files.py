@@ -1,11 +1,13 @@
 """Files appear whole or not at all: written beside their place, then renamed into it."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,26 +39,41 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends without an error.
 
-    A process killed inside the block leaves `path` as it was. An existing `path` is
-    replaced.
+    A process killed inside the block leaves `path` as it was, and what it had written in a
+    folder `.<name>.<random>` beside it. An existing `path` is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not named by the process: in a container the next one has the same number.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    building = temporary / "new"
     building.mkdir()
     try:
         yield building
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(temporary / "old")
         building.rename(path)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also wrong encodings, numbers without end
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -74,4 +91,4 @@ def write_tensors(
         save_file(tensors, temporary, metadata=metadata)
 
 
-__all__ = ["atomic_folder", "replacing", "write_tensors", "write_text"]
+__all__ = ["atomic_folder", "read_json", "replacing", "write_tensors", "write_text"]

@@ -8,21 +8,23 @@ No model is built: each safetensors file of the base is read, its adapted weight
 written under the same name, so the memory needed is that of the largest file.
 """
 
-import json
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lorasb_kernels.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
     SUBSPACE_FILE,
     check_base,
+    check_tensors,
     read_adapter,
 )
-from lorasb_kernels.files import atomic_folder, write_tensors
+from lorasb_kernels.files import atomic_folder, read_json, write_tensors
 from lorasb_kernels.hub import local_folder
 from lorasb_kernels.progress import progress_bar
 from lorasb_kernels.rebuilding import check_rebuilt, factor_probes, rebuild_factors
@@ -65,7 +67,7 @@ def merge_checkpoint(
     bar = progress_bar(sum(map(len, shards.values())), "merging", "tensor", progress)
     with atomic_folder(output) as building:
         for file, keys in shards.items():
-            with safe_open(source / file, framework="pt") as shard:
+            with _opened(source / file) as shard:
                 metadata = shard.metadata()
                 tensors = {}
                 for key in keys:
@@ -108,13 +110,8 @@ class _Merger:
     def merged(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor that takes the place of `tensor`, in its dtype."""
         if key in self.replaced:
-            trained = self.replaced[key]
-            if trained.shape != tensor.shape:
-                raise ValueError(
-                    f"{key} has shape {tuple(trained.shape)} in the adapter; "
-                    f"expected {tuple(tensor.shape)}, as in the base model"
-                )
-            return trained.to(tensor.dtype)
+            check_tensors(self.directory, {key: self.replaced[key]}, {key: tensor})
+            return self.replaced[key].to(tensor.dtype)
         if key not in self.layers:
             return tensor
         name = self.layers[key]
@@ -123,26 +120,34 @@ class _Merger:
                 f"{key} has dtype {tensor.dtype}, so the base model is quantized; expected the "
                 "model it was quantized from, to merge into without rounding the adapter away"
             )
+        if tensor.dim() != 2:
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected a matrix")
         lora_A, lora_B = self._factors(name, tensor)
-        if tensor.shape != (lora_B.shape[0], lora_A.shape[1]):
-            raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)}; expected "
-                f"{(lora_B.shape[0], lora_A.shape[1])}, as in the adapter"
-            )
+        core = self.trained.get(f"{name}.lora_R")
+        self._check_factors(name, tensor, {"lora_A": lora_A, "lora_B": lora_B, "lora_R": core})
         exact = torch.promote_types(lora_A.dtype, torch.float32)
         lora_A, lora_B = lora_A.to(exact), self.config.s * lora_B.to(exact)
-        core = self.trained.get(f"{name}.lora_R")
-        delta = lora_B @ (lora_A if core is None else core @ lora_A)
+        delta = lora_B @ (lora_A if core is None else core.to(exact) @ lora_A)
         result = (tensor.to(exact) + delta).to(tensor.dtype)
         if not result.isfinite().all():
             raise ValueError(f"{key} would not be finite; nothing was written")
         return result
 
+    def _check_factors(self, name: str, weight: torch.Tensor, factors: dict) -> None:
+        (m, n), r = weight.shape, self.config.r
+        shapes = {"lora_A": (r, n), "lora_B": (m, r), "lora_R": (r, r)}
+        found = {f"{name}.{f}": tensor for f, tensor in factors.items() if tensor is not None}
+        expected = {k: torch.empty(shapes[k.rpartition(".")[2]], device="meta") for k in found}
+        check_tensors(self.directory, found, expected)
+
     def _factors(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.subspace is not None:
             check_base(name, weight, self.subspace, self.base_model, self.trained_on_plain_weights)
             tensors = self.subspace | self.trained
-            return tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+            factors = [tensors.get(f"{name}.{factor}") for factor in ("lora_A", "lora_B")]
+            if any(factor is None for factor in factors):
+                raise ValueError(f"{self.directory} lacks lora_A or lora_B of {name}")
+            return tuple(factors)
         # As a layer holds them: rounded to the dtype of the weight.
         lora_A, lora_B = (f.to(weight.dtype) for f in rebuild_factors(name, weight, self.config))
         check_rebuilt(factor_probes(name, lora_A, lora_B), self.trained, self.base_model)
@@ -154,7 +159,7 @@ def _shards(source: Path) -> dict[str, list[str]]:
     index = source / INDEX_FILE
     if index.is_file():
         shards: dict[str, list[str]] = {}
-        for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for key, file in _weight_map(index).items():
             shards.setdefault(file, []).append(key)
         return shards
     if not (source / WEIGHTS_FILE).is_file():
@@ -162,8 +167,34 @@ def _shards(source: Path) -> dict[str, list[str]]:
             f"{source} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; expected a model in "
             "safetensors files (pickled .bin files are not read)"
         )
-    with safe_open(source / WEIGHTS_FILE, framework="pt") as file:
+    with _opened(source / WEIGHTS_FILE) as file:
         return {WEIGHTS_FILE: list(file.keys())}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor; every one lies beside the index."""
+    record = read_json(index)
+    weight_map = record.get("weight_map") if isinstance(record, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no 'weight_map'; expected the index of a model")
+    for key, file in weight_map.items():
+        # They are written under the same names: one with a folder in it could be anywhere.
+        beside = isinstance(file, str) and Path(file).name == file
+        if not (beside and file.endswith(".safetensors") and (index.parent / file).is_file()):
+            raise ValueError(
+                f"{index}: {key} is in {file!r}; expected the name of a file beside it"
+            )
+    return weight_map
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; ValueError with its name where it is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _key_of(name: str, keys: list[str]) -> str:

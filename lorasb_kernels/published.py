@@ -6,7 +6,6 @@ leaves `q_proj_lora_latent_mapping.weight`; newer peft keeps `q_proj.default_lor
 .weight`. Loaded by peft itself, either is dropped without a word and `B·A` is what remains.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.checkpoint import check_tensors, read_tensors, saved_tensors
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.export import CONFIG_FILE, PREFIX, TENSORS_FILE, shortest_names
+from lorasb_kernels.files import read_json
 from lorasb_kernels.hub import local_folder
 from lorasb_kernels.targets import (
     check_adaptable,
@@ -65,7 +65,10 @@ def import_peft(model: nn.Module, directory: str | Path, revision: str | None = 
     tensors, _ = read_tensors(directory / TENSORS_FILE)
     factors, others = _split(tensors)
     _check_complete(directory / TENSORS_FILE, factors)
-    config = _configuration(model, peft_config, factors)
+    try:
+        config = _configuration(model, peft_config, factors)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
     targets = find_targets(model, config.target_modules, config.modules_to_save)
     check_adaptable(model, targets, config.r)
     layers = {name: new_layer(linear, config) for name, linear in targets.items()}
@@ -89,12 +92,19 @@ def import_peft(model: nn.Module, directory: str | Path, revision: str | None = 
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a folder that peft saved")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected peft's settings")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
     for name, plain in _UNSUPPORTED.items():
         if (config.get(name) or plain) != plain:
             raise ValueError(f"{path}: {name} is {config[name]!r}; expected {plain!r}")
+    alpha, saved = config.get("lora_alpha"), config.get("modules_to_save") or []
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{path}: lora_alpha is {alpha!r}; expected a number")
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{path}: modules_to_save is {saved!r}; expected names of modules")
     return config
 
 
@@ -124,6 +134,9 @@ def _check_complete(path: Path, factors: dict[str, dict[str, torch.Tensor]]) -> 
         for part in ("lora_A", "lora_B"):
             if part not in parts:
                 raise ValueError(f"{path}: {name} has no {part}; expected A and B of every layer")
+        if parts["lora_R"].dim() != 2:
+            shape = tuple(parts["lora_R"].shape)
+            raise ValueError(f"{path}: R of {name} has shape {shape}; expected [r, r]")
 
 
 def _configuration(model: nn.Module, peft_config: dict, factors: dict) -> LoRASBConfig:

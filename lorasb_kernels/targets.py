@@ -90,7 +90,12 @@ def find_targets(
         heads = _heads(model)
         targets = {name: m for name, m in candidates.items() if id(m) not in heads}
     elif isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
+        try:
+            pattern = re.compile(target_modules)
+        except (re.error, RecursionError) as error:
+            raise ValueError(
+                f"target_modules is {target_modules!r}; expected a regular expression: {error}"
+            ) from error
         targets = {name: m for name, m in candidates.items() if pattern.fullmatch(name)}
     else:
         targets = {

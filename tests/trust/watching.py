@@ -23,8 +23,10 @@ def _listen(event: str, arguments: tuple) -> None:
     if _seen is None:
         return
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
-    if writes or event in _CHANGES or event in _RUNS:
-        _seen.append((event, arguments))
+    if writes or event in _CHANGES:
+        _seen.append((event, _paths(event, arguments)))
+    elif event in _RUNS:
+        _seen.append((f"{event} {arguments[:2]}", [Path("/")]))
 
 
 sys.addaudithook(_listen)
@@ -43,17 +45,19 @@ def watched(folder: Path | None = None):
     finally:
         seen, _seen = _seen, None
         allowed = None if folder is None else folder.resolve()
-        for event, arguments in seen:
-            assert event not in _RUNS, f"{event} {arguments[:2]}"
-            for path in _paths(event, arguments):
+        for event, paths in seen:
+            for path in paths:
                 inside = allowed is not None and path.is_relative_to(allowed)
                 assert inside, f"{event} outside of {allowed}: {path}"
 
 
 def _paths(event: str, arguments: tuple) -> list[Path]:
+    """The paths that an event changes; where they are relative to an open folder, with it."""
     count = 2 if event in ("os.rename", "os.link", "os.symlink") else 1
+    folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+    base = Path(f"/proc/self/fd/{folder}") if folder != -1 else Path()
     return [
-        Path(os.fsdecode(path)).resolve()
+        (base / os.fsdecode(path)).resolve()
         for path in arguments[:count]
         if isinstance(path, (str, bytes, os.PathLike))
     ]

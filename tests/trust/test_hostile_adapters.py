@@ -1,0 +1,190 @@
+"""Adapters and base models that are damaged or made to harm.
+
+Whatever the files hold, loading or merging either works or raises the documented error with a
+name in it, leaves the model as it was, writes nothing outside the output folder, runs no code
+and takes no more memory than the files.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lorasb_kernels import export_peft, import_peft, load_adapter, merge_checkpoint
+from lorasb_kernels.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE, fingerprint_of
+from lorasb_kernels.export import TENSORS_FILE
+from lorasb_kernels.targets import adapted_layers
+from tests.trust.conftest import LITTLE, MUCH
+from tests.trust.hostile_files import Layers, damage, read_raw, write_adapter, write_raw
+from tests.trust.watching import bounded_memory, tree, watched
+
+NAMED = (ValueError, FileNotFoundError)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Whole adapters of each format and a base model; everything has been called once."""
+    folder = tmp_path_factory.mktemp("originals")
+    for init in ("orthogonal", "lora-xs"):
+        write_adapter(folder / init, init)
+        load_adapter(Layers(), folder / init)
+    write_published(folder / "published")
+    import_peft(Layers(), folder / "published")
+    (folder / "base").mkdir()
+    weights = Layers().state_dict()
+    index = {"weight_map": {name: f"{name[0]}.safetensors" for name in weights}}
+    for part in "01":
+        tensors = {name: t for name, t in weights.items() if name[0] == part}
+        save_file(tensors, folder / "base" / f"{part}.safetensors")
+    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge_checkpoint(folder / "base", folder / "orthogonal", folder / "merged", progress=False)
+    return folder
+
+
+def write_published(folder):
+    """An adapter as the published LoRA-SB code leaves it: peft's files and R."""
+    model = load_adapter(Layers(), folder.parent / "orthogonal")
+    export_peft(model, folder)
+    tensors = load_file(folder / TENSORS_FILE)
+    for name in [name for name in tensors if "lora_A" in name]:
+        core = name.replace("lora_A", "default_lora_latent_mapping")
+        tensors[core] = torch.eye(tensors[name].shape[0])
+    save_file(tensors, folder / TENSORS_FILE)
+
+
+def restate(folder):
+    """Fingerprints that fit the files, as whoever made them would write them."""
+    try:
+        fingerprint = fingerprint_of(load_file(folder / SUBSPACE_FILE))
+        record = json.loads((folder / CONFIG_FILE).read_text())
+        record["subspace"] = fingerprint
+        for name in (SUBSPACE_FILE, ADAPTER_FILE):
+            header, data = read_raw(folder / name)
+            header["__metadata__"] = header.get("__metadata__", {}) | {"subspace": fingerprint}
+            write_raw(folder / name, header, data)
+        (folder / CONFIG_FILE).write_text(json.dumps(record))
+    except Exception:
+        pass
+
+
+def check_loading(draw, originals, tmp_path, kind):
+    folder = tmp_path / "hostile"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(originals / kind, folder)
+    damage(draw, folder)
+    if kind == "orthogonal" and draw(st.booleans()):
+        restate(folder)
+    load = import_peft if kind == "published" else load_adapter
+    model = Layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    files = tree(tmp_path)
+    message = None
+    with watched():
+        try:
+            load(model, folder)
+        except NAMED as error:
+            assert type(error) in NAMED, f"{type(error).__name__} says too little: {error}"  # noqa: PT017
+            message = str(error)
+    assert tree(tmp_path) == files
+    state = model.state_dict()
+    if message is None:
+        assert all(tensor.isfinite().all() for tensor in state.values())
+    else:
+        assert len(message) < 3000
+        assert not adapted_layers(model)
+        assert state.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, state[name])
+
+
+def check_merging(draw, originals, tmp_path):
+    folder = tmp_path / "hostile"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("base", "orthogonal"):
+        shutil.copytree(originals / name, folder / name)
+    damage(draw, folder / draw(st.sampled_from(["base", "orthogonal"])))
+    if draw(st.booleans()):
+        restate(folder / "orthogonal")
+    files = tree(folder)
+    with watched(folder):  # the output is built beside its place
+        try:
+            merge_checkpoint(folder / "base", folder / "orthogonal", folder / "out", progress=False)
+        except NAMED as error:
+            assert type(error) in NAMED, f"{type(error).__name__} says too little: {error}"  # noqa: PT017
+            assert not (folder / "out").exists()
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    assert tree(folder) == files
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published"])
+def test_an_adapter_loads_or_is_named(originals, tmp_path, kind):
+    with bounded_memory(200):
+        settings(LITTLE, max_examples=60)(
+            given(st.data())(lambda d: check_loading(d.draw, originals, tmp_path, kind))
+        )()
+
+
+def test_a_base_model_is_merged_or_named(originals, tmp_path):
+    with bounded_memory(200):
+        settings(LITTLE, max_examples=60)(
+            given(st.data())(lambda d: check_merging(d.draw, originals, tmp_path))
+        )()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published"])
+def test_ten_thousand_adapters(originals, tmp_path, kind):
+    with bounded_memory(300):
+        settings(MUCH)(
+            given(st.data())(lambda d: check_loading(d.draw, originals, tmp_path, kind))
+        )()
+
+
+@pytest.mark.slow
+def test_ten_thousand_base_models(originals, tmp_path):
+    with bounded_memory(300):
+        settings(MUCH)(given(st.data())(lambda d: check_merging(d.draw, originals, tmp_path)))()
+
+
+@pytest.mark.parametrize("name", ["../escaped.safetensors", "/tmp/escaped.safetensors", "x/y", ""])
+def test_a_shard_cannot_name_a_file_elsewhere(originals, tmp_path, name):
+    shutil.copytree(originals / "base", tmp_path / "base")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["0.weight"] = name
+    index.write_text(json.dumps(content))
+    (tmp_path / "escaped.safetensors").write_bytes(b"precious")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"index\.json.*expected the name of a file beside it"):
+        merge_checkpoint(tmp_path / "base", originals / "orthogonal", tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("length", [2**20, 2**40, 2**63, 2**64 - 1])
+def test_a_declared_size_is_not_believed(originals, tmp_path, length):
+    folder = tmp_path / "adapter"
+    shutil.copytree(originals / "orthogonal", folder)
+    header, data = read_raw(folder / ADAPTER_FILE)
+    write_raw(folder / ADAPTER_FILE, header, data, length)
+    with bounded_memory(50), pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_adapter(Layers(), folder)
+    header["huge"] = {"dtype": "F32", "shape": [length], "data_offsets": [0, 4 * length]}
+    write_raw(folder / ADAPTER_FILE, header, data)
+    with bounded_memory(50), pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_adapter(Layers(), folder)
+
+
+def test_numbers_that_overflow_the_layer_are_not_finite(originals, tmp_path):
+    """1e300 is finite in the file's fp64 and infinite in the fp32 core."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(originals / "orthogonal", folder)
+    header, _ = read_raw(folder / ADAPTER_FILE)
+    tensors = load_file(folder / ADAPTER_FILE)
+    tensors["0.lora_R"] = torch.full((2, 2), 1e300, dtype=torch.float64)
+    save_file(tensors, folder / ADAPTER_FILE, metadata=header["__metadata__"])
+    with pytest.raises(ValueError, match=r"0\.lora_R holds non-finite values"):
+        load_adapter(Layers(), folder)
