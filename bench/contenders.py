@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorasb_kernels.nn import LoRALinear
 from lorasb_kernels.ops.backend import obstacle as backend_obstacle
 from lorasb_kernels.profiling.workload import Build, Operands, adapted_layers, frozen_layer
 
@@ -195,6 +196,17 @@ def _backend(name: str, shared: bool = False) -> Contender:
     )
 
 
+def _lora(name: str, shared: bool) -> Contender:
+    words = "siblings share a pass over their input" if shared else "each layer alone"
+    return Contender(
+        name=f"lorasb {name}, LoRA" + (", shared input" if shared else ""),
+        summary=f"LoRA by this library, factors in fp32, backend {name}, {words}",
+        build=partial(adapted_layers, backend=name, shared=shared, kind=LoRALinear),
+        trains="factors",
+        obstacle=lambda device, dtype: backend_obstacle(name, device, dtype),
+    )
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
@@ -240,6 +252,7 @@ CONTENDERS = {
         ),
         *(_backend(name) for name in ("reference", "triton", "cuda")),
         *(_backend(name, shared=True) for name in ("reference", "triton", "cuda")),
+        *(_lora(name, shared) for name in ("reference", "triton") for shared in (False, True)),
     )
 }
 

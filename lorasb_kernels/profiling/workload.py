@@ -44,26 +44,33 @@ def frozen_layer(operands: Operands) -> nn.Linear:
 
 
 def adapted_layers(
-    group: Sequence[Operands], backend: str = "auto", shared: bool = False
+    group: Sequence[Operands],
+    backend: str = "auto",
+    shared: bool = False,
+    kind: type[LoRASBLinear] = LoRASBLinear,
 ) -> list[nn.Module]:
-    """`LoRASBLinear`s over the operands.
+    """Adapted layers over the operands.
 
     Args:
         group: layers that read one input.
         backend: as the layers take it.
         shared: compute them together.
+        kind: `LoRASBLinear`, or `LoRALinear`, which has no core and trains A and B.
     """
     layers = []
     for operands in group:
-        layer = LoRASBLinear.from_linear(
+        layer = kind.from_linear(
             frozen_layer(operands),
             operands.lora_A.shape[0],
             reset=False,
             scaling=operands.scaling,
             backend=backend,
         )
-        layer.lora_A, layer.lora_B = operands.lora_A, operands.lora_B
-        layer.lora_R = nn.Parameter(operands.lora_R.detach().clone())
+        for name, own in layer.factors().items():
+            factor = getattr(operands, name).detach()
+            if name in layer.trained:
+                factor = nn.Parameter(factor.to(own.dtype, copy=True))
+            setattr(layer, name, factor)
         layers.append(layer)
     if shared and len(layers) > 1:
         siblings = SharedInput(layers)

@@ -14,7 +14,7 @@ from lorasb_kernels.ops import bitplanes
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.lorasb_linear import api as layer
 from lorasb_kernels.ops.pack_signs import api as _pack_signs  # noqa: F401
-from lorasb_kernels.ops.sign_accumulate import api as _sign_accumulate  # noqa: F401
+from lorasb_kernels.ops.sign_accumulate import api as sign_accumulate
 from lorasb_kernels.ops.sign_gradient import api as _sign_gradient  # noqa: F401
 from lorasb_kernels.ops.sign_matmul import api as _sign_matmul  # noqa: F401
 from tests.contract import assert_within_contract
@@ -278,5 +278,23 @@ def test_the_layer_and_its_gradients(dropout_p, simulator, monkeypatch):
             )
             y.square().sum().backward()
         results[backend] = y.detach(), rows.grad, core.grad
+    for ours, theirs in zip(results["cuda"], results["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_layer_without_a_core_trains_a_and_b(simulator, monkeypatch):
+    """LoRA: the absent core is the identity, sign_accumulate makes the factors' gradients."""
+    for module in (layer, sign_accumulate):
+        monkeypatch.setattr(module, "resolve_backend", lambda backend, device, dtype: backend)
+    x, weight, _, lora_B = expand_operands(19, 33, 40, 12, FP32)
+    lora_A = normal(12, 40, dtype=FP32, device=CPU, seed=6) / math.sqrt(40)
+    results = {}
+    for backend in ("reference", "cuda"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
+        rows, A, B = leaves
+        with simulator.running():
+            y = layer.lorasb_linear(rows, weight, A, None, B, None, SCALING, backend=backend)
+            y.square().sum().backward()
+        results[backend] = [y.detach(), *(leaf.grad for leaf in leaves)]
     for ours, theirs in zip(results["cuda"], results["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
