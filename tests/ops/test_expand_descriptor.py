@@ -118,6 +118,29 @@ def test_what_can_be_described(device):
     assert not route.describable(matrix[:1].expand(4, 64)), "a row that is four"
 
 
+OTHER_TILE = ExpandTile(num_warps=8, num_stages=3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Writes times for sm_90 in which tensor maps are fastest, for the shape with that key."""
+
+    def write(**shape):
+        entry = {
+            "two_call": {"microseconds": 3.0, "tile": vars(TILE)},
+            "fused": {"microseconds": 2.0, "tile": vars(OTHER_TILE)},
+            "fused_descriptor": {"microseconds": 1.0, "tile": vars(TILE)},
+        }
+        file = tmp_path / "tuning.json"
+        content = {"format": 2, "arch": "sm_90", "expand": {route.shape_key(**shape): entry}}
+        file.write_text(json.dumps(content))
+        monkeypatch.setenv("LORASB_TUNING", str(file))
+        route.forget_tuning()
+
+    yield write
+    route.forget_tuning()
+
+
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [
@@ -128,26 +151,26 @@ def test_what_can_be_described(device):
         ({"aligned": False}, "fused"),
     ],
 )
-def test_operands_that_cannot_be_described_take_the_next_fastest(
-    changes, taken, tmp_path, monkeypatch
-):
+def test_shapes_that_cannot_be_described_take_the_next_fastest(changes, taken, tuned):
     shape = dict(dtype=torch.bfloat16, M=8192, N=4096, K=4096, r=96, transposed=False)
     shape |= {"dropout": False, **changes}
-    key = {name: value for name, value in shape.items() if name != "aligned"}
-    other = ExpandTile(num_warps=8, num_stages=3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32)
-    entry = {
-        "two_call": {"microseconds": 3.0, "tile": vars(TILE)},
-        "fused": {"microseconds": 2.0, "tile": vars(other)},
-        "fused_descriptor": {"microseconds": 1.0, "tile": vars(TILE)},
-    }
-    file = tmp_path / "tuning.json"
-    content = {"format": 2, "arch": "sm_90", "expand": {route.shape_key(**key): entry}}
-    file.write_text(json.dumps(content))
-    monkeypatch.setenv("LORASB_TUNING", str(file))
-    route.forget_tuning()
+    tuned(**{name: value for name, value in shape.items() if name != "aligned"})
     chosen = route.plan_route(arch="sm_90", **shape)
-    route.forget_tuning()
     assert chosen.name == taken
-    assert chosen.tile == (TILE if taken == "fused_descriptor" else other)
+    assert chosen.tile == (TILE if taken == "fused_descriptor" else OTHER_TILE)
     assert "two_call 3.0 µs, fused 2.0 µs, fused_descriptor 1.0 µs" in chosen.reason
     assert ("rows at multiples of 16 bytes" in chosen.reason) == (taken == "fused")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operands_that_cannot_be_described_take_the_next_fastest(
+    transposed, tuned, monkeypatch, device
+):
+    x, weight, p, factor = operands(32, 40, 72, 16, torch.float16, device, transposed)
+    tuned(dtype=x.dtype, M=32, N=40, K=72, r=16, transposed=transposed, dropout=False)
+    monkeypatch.setattr(route, "architecture", lambda device: "sm_90")
+    assert route.choose_route(x, weight, p, factor, False).name == "fused_descriptor"
+    shifted = torch.zeros(32, 80, dtype=x.dtype, device=device)[:, 4:76]
+    columns_first = x.T.contiguous().T
+    for other in (shifted, columns_first):
+        assert route.choose_route(other, weight, p, factor, False).name == "fused"

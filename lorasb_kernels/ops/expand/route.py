@@ -66,8 +66,9 @@ def choose_route(
     (M, K), N, r = x.shape, weight.shape[0], p.shape[1]
     shape = (architecture(x.device), x.dtype, M, N, K, r, transposed, dropout)
     route = plan_route(*shape)
-    if route.name == "fused_descriptor" and not describable(x, weight, p, factor):
-        route = plan_route(*shape, aligned=False)
+    if route.name == "fused_descriptor":
+        aligned = x.stride(1) == 1 and describable(x, weight, p, factor)
+        route = plan_route(*shape, aligned=aligned)
     return route
 
 
