@@ -11,8 +11,10 @@ from lorasb_kernels.functional import pack_signs, sign_accumulate_, sign_gradien
 from lorasb_kernels.ops.backend import obstacle
 from lorasb_kernels.ops.core_backward import core_backward
 from lorasb_kernels.ops.expand import expand
+from lorasb_kernels.ops.expand.route import ROUTES
 from lorasb_kernels.ops.registry import BACKENDS
 from lorasb_kernels.ops.shrink import shrink
+from lorasb_kernels.ops.tiles import ExpandTile, architecture, descriptor_candidates, expand_tile
 from lorasb_kernels.profiling import costs
 from lorasb_kernels.profiling.costs import Cost
 
@@ -83,11 +85,17 @@ def _expand(case: KernelCase, implementation: str, draw: Draw, transposed: bool 
     backend, _, route = implementation.partition(" ")
     if not route:
         return lambda: expand(x, weight, p, factor, None, 0.0, None, backend)
-    triton = importlib.import_module("lorasb_kernels.ops.expand.triton")
-    tiles = importlib.import_module("lorasb_kernels.ops.tiles")
-    tile = tiles.expand_tile(tiles.architecture(x.device), x.dtype, False)
-    run = {"fused": triton.fused_expand, "two-call": triton.two_call_expand}[route]
+    run = importlib.import_module("lorasb_kernels.ops.expand.triton").RUN[route]
+    tile = _tiles(route, x.device)[0]
     return lambda: run(x, weight, p, factor, None, 0.0, None, tile)
+
+
+def _tiles(route: str, device: torch.device) -> tuple[ExpandTile, ...]:
+    """The tile of a route that nobody has measured; none where the device cannot run it."""
+    arch = architecture(device)
+    if route == "fused_descriptor":
+        return descriptor_candidates(arch, DTYPE, dropout=False)[:1]
+    return (expand_tile(arch, DTYPE, dropout=False),)
 
 
 def _sign_accumulate(case: KernelCase, backend: str, draw: Draw):
@@ -132,13 +140,17 @@ def implementations(op: str) -> tuple[str, ...]:
 
     The reference is what eager PyTorch makes of it, so cuBLAS on a GPU.
     """
-    routes = ("triton fused", "triton two-call") if op.startswith("expand") else ()
-    return (*BACKENDS, *routes)
+    routes = ROUTES if op.startswith("expand") else ()
+    return (*BACKENDS, *(f"triton {route}" for route in routes))
 
 
 def why_not(implementation: str, device: torch.device) -> str | None:
     """Why an implementation cannot run on `device`; None when it can."""
-    return obstacle(implementation.partition(" ")[0], device, DTYPE)
+    backend, _, route = implementation.partition(" ")
+    reason = obstacle(backend, device, DTYPE)
+    if reason is None and route and not _tiles(route, device):
+        reason = "the device has no tensor memory accelerator"
+    return reason
 
 
 def cases(grid: str) -> list[KernelCase]:
