@@ -8,8 +8,14 @@ in shared memory, where the tensor cores read both operands. That frees the regi
 issue slots that address arithmetic takes. Bytes and flops are those of the fused route.
 
 A tensor map wants its base and its rows on multiples of 16 bytes, and one contiguous
-dimension; a transposed view is described as the matrix that it is a view of. Maps are made on
-the host at each launch and passed by value, so a CUDA graph keeps them.
+dimension (`route.describable`); a transposed view is described as the matrix that it is a view
+of. Maps are made on the host at each launch and passed by value, so a CUDA graph keeps them.
+
+One tile a block. A persistent loop over tiles gains where its loads run ahead into the next
+tile; for that Triton would have to flatten the loops over the rank and over K into it, and it
+flattens one inner loop, not two. With 128×128 tiles two blocks share a multiprocessor instead,
+one multiplying while the other stores. What comes of `warp_specialize` on sm_90 is in
+`docs/how_it_works.md`.
 """
 
 import torch
