@@ -145,30 +145,24 @@ def check_core_backward():
 
 
 def check_factor_gradient():
-    """One block a column tile and several, odd sizes, dropout; the same bits in any order."""
-    for M, k, r, dropout_p in (
-        (75, 200, 96, 0.0),
-        (3, 37, 3, 0.0),
-        (70, 72, 24, 0.3),
-        (20, 40, 200, 0.0),
-    ):
+    """One block a column tile and several, odd sizes, dropout; the bytes."""
+    for M, k, r, dropout_p in ((75, 200, 96, 0.0), (70, 72, 24, 0.3)):
         seed = dropout_seed(CPU) if dropout_p else None
         arguments = (bf16(M, r, seed=1), bf16(M, k), dropout_p, seed)
         with emulated(multiprocessors=1):
             compare("factor_gradient", factor_gradient(*arguments), *arguments)
 
-    M, k, r = 1600, 40, 24
-    assert factor_splits(1, M, r, factor_tile(ARCH, BF16, r, False), 8)[0] > 2
+    M, k, r = 800, 40, 24
+    assert factor_splits(1, M, r, factor_tile(ARCH, BF16, r, False), 8)[0] == 2
     arguments = (bf16(M, r, seed=1), bf16(M, k), 0.0, None)
     outputs = []
-    for options in ({}, {"schedule_seed": 1}, {"schedule_seed": 2}, {"cp_async": "early"}):
+    for options in ({}, {"schedule_seed": 1, "cp_async": "early"}):
         with emulated(**options):
             outputs.append(factor_gradient(*arguments))
     compare("factor_gradient", outputs[0], *arguments)
-    for other in outputs[1:]:
-        assert same_bits(outputs[0], other)
+    assert same_bits(outputs[0], outputs[1])
 
-    M, k, r = 256, 512, 64
+    M, k, r = 128, 256, 64
     tile = factor_tile(ARCH, BF16, r, False)
     with emulated(multiprocessors=1) as log:
         factor_gradient(bf16(M, r, seed=1), bf16(M, k), 0.0, None)
@@ -177,7 +171,7 @@ def check_factor_gradient():
 
 
 def check_factor_gradient_strides():
-    """Row offsets beyond 2³¹ elements; every other row of a wider matrix."""
+    """Row offsets beyond 2³¹ elements; every other row of a wider matrix; a rank of 200."""
     stride, k, r = 2**30 + 8, 40, 8
     memory = torch.from_numpy(np.zeros(2 * stride + k, dtype=np.int16)).view(BF16)
     left, rows = bf16(3, r, seed=1), bf16(3, k)
@@ -186,9 +180,12 @@ def check_factor_gradient_strides():
     with emulated():
         near = factor_gradient(left, rows, 0.0, None)
         assert same_bits(factor_gradient(left, far, 0.0, None), near)
-    arguments = (bf16(60, 40, seed=1)[::2, 15:], bf16(60, 100)[::2, 7:], 0.0, None)
-    with emulated():
-        compare("factor_gradient", factor_gradient(*arguments), *arguments)
+    for arguments in (
+        (bf16(20, 40, seed=1)[::2, 15:], bf16(20, 50)[::2, 7:], 0.0, None),
+        (bf16(20, 200, seed=1), bf16(20, 40), 0.0, None),
+    ):
+        with emulated():
+            compare("factor_gradient", factor_gradient(*arguments), *arguments)
 
 
 def expand_arguments(M, N, K, r, transposed, dropout_p):

@@ -17,7 +17,7 @@ CHECKS = [
     "shrink_strides",
     "core_backward",
     "factor_gradient",
-    "factor_gradient_strides",
+    pytest.param("factor_gradient_strides", marks=pytest.mark.slow),
     "expand",
     "expand_descriptor",
     "single_precision",
