@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
-from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.config import INITS, LoRASBConfig
 from lorasb_kernels.functional import lorasb_around, lorasb_linear
 from lorasb_kernels.init.methods import initialize, layer_generator, lora_xs, orthogonal
 from lorasb_kernels.quantization import (
@@ -68,8 +68,10 @@ class LoraSBPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.init == "noise":
-            raise ValueError("init is 'noise'; expected 'lora-sb', 'lora-xs' or 'orthogonal'")
+        if self.init in INITS and self.init not in ("lora-sb", "lora-xs", "orthogonal"):
+            raise ValueError(
+                f"init is {self.init!r}; expected 'lora-sb', 'lora-xs' or 'orthogonal'"
+            )
         self.own_config()  # raises on a field out of range
 
     def own_config(self) -> LoRASBConfig:
