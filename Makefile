@@ -1,7 +1,7 @@
 # Every target sets up what it needs; a second call reuses it.
 #
 #   make test           the tests (about ten minutes on two cores)
-#   make test-full      the slow ones too
+#   make test-full      the slow ones too, and those with TRL and Liger-Kernel
 #   make demo           fine-tune a real model on real data with LoRA-SB
 #   make demo-compare   the methods side by side on the demo's data
 #   make lint           ruff, format check
@@ -10,6 +10,7 @@
 #                       benchmarks; PART=tests|kernels|linear|init|train for one part, DRY=1
 #                       for the whole path on the CPU with tiny shapes, OUT= for the results,
 #                       PY= for an interpreter that has torch already
+#   make docs           the API reference from the docstrings, into out/docs
 #   make wheel          wheels without and, with a CUDA toolkit, with the extension
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: test test-full demo demo-compare lint ext gpu wheel clean
+.PHONY: test test-full demo demo-compare lint ext gpu docs wheel clean
 
 $(VENV)/base.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,7 +38,11 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests
 
-test-full: $(VENV)/test.stamp
+$(VENV)/full.stamp: $(VENV)/test.stamp
+	LORASB_SKIP_CUDA=1 $(PIP) install -c constraints.txt --no-build-isolation -e ".[full]"
+	touch $@
+
+test-full: $(VENV)/full.stamp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
 
 demo: $(VENV)/demo.stamp
@@ -55,6 +60,10 @@ ext: $(VENV)/base.stamp
 
 gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/test.stamp)
 	$(PY) -m bench.gpu $(addprefix --part ,$(PART)) $(if $(DRY),--dry) $(addprefix --out ,$(OUT))
+
+docs: $(VENV)/test.stamp
+	$(PY) -m pdoc --docformat google --output-directory out/docs \
+	    lorasb_kernels $(addprefix lorasb_kernels.,nn quantized optim integrations.peft)
 
 wheel: $(VENV)/base.stamp
 	LORASB_SKIP_CUDA=1 $(PIP) wheel --no-deps --no-build-isolation -w dist/pure .

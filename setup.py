@@ -11,10 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import build as cuda
 
 TRAIN = ["transformers>=5.0", "accelerate>=1.10", "rich>=13", "pyyaml>=6", "matplotlib>=3.8"]
-BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "peft>=0.18"]
-DEMO = [*TRAIN, "gguf>=0.17", "peft>=0.18"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "peft>=0.19.1"]
+DEMO = [*TRAIN, "gguf>=0.17", "peft>=0.19.1"]
 QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
-TEST = [*DEMO, *BENCH, *QUANTIZED, "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"]
+DOCS = ["pdoc>=16"]
+TOOLS = ["pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"]
+TEST = [*DEMO, *BENCH, *QUANTIZED, *DOCS, *TOOLS]
+FULL = [*TEST, "trl>=1.16; python_version >= '3.11'", "liger-kernel>=0.8"]
 
 
 class BuildCuda(build_ext):
@@ -58,7 +61,9 @@ setup(
         "demo": DEMO,
         "bench": BENCH,
         "quantized": QUANTIZED,
+        "docs": DOCS,
         "test": TEST,
+        "full": FULL,
     },
     entry_points={"console_scripts": ["lorasb = lorasb_kernels.train.cli:main"]},
 )

@@ -105,7 +105,8 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: files that are damaged, do not belong together, belong to another base
-            model, or whose names, shapes or dtypes do not fit; non-finite values.
+            model, or whose names, shapes or dtypes do not fit; non-finite values; a model
+            that `fully_shard` has cut already.
     """
     directory = local_folder(directory, (CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE), revision)
     record, config, trained, subspace = read_adapter(directory)
@@ -117,6 +118,7 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
                 f"the model is adapted with {model.lorasb_config}; expected {config}, "
                 f"as in {directory}"
             )
+        _refuse_sharded(model)
         layers = existing
     else:
         targets = find_targets(model, config.target_modules, config.modules_to_save)
@@ -145,6 +147,14 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
     if not existing:
         install(model, layers, saved, config)
     return model
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if whole(parameter) is not parameter:
+            raise ValueError(
+                f"{name} is sharded over ranks; expected load_adapter() before fully_shard()"
+            )
 
 
 def read_adapter(

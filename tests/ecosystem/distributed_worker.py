@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lorasb_kernels import LoRASBConfig, PackedCores, adapt, save_adapter
+from lorasb_kernels import LoRASBConfig, PackedCores, adapt, load_adapter, save_adapter
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 
@@ -71,6 +71,16 @@ def check_fully_sharded(expected, rank, mesh, folder):
     saved = load_file(folder / f"rank{rank}" / "adapter.safetensors")
     names = [f"{name}.lora_R" for name in adapted_layers(model)]
     torch.testing.assert_close(torch.cat([saved[n].reshape(-1) for n in names]), expected)
+    check_loaded(model, folder / f"rank{rank}", mesh)
+
+
+def check_loaded(sharded, adapter, mesh):
+    """An adapter goes into a whole model, which is sharded afterwards."""
+    with pytest.raises(ValueError, match=r"weight is sharded over ranks; expected load_adapter\("):
+        load_adapter(sharded, adapter)
+    model = load_adapter(build("llama"), adapter)
+    fully_shard(model, mesh=mesh)
+    assert torch.equal(cores(model), cores(sharded))
 
 
 def check_mixed_dtypes(rank, mesh):

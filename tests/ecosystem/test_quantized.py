@@ -17,6 +17,7 @@ from lorasb_kernels import (
     LoRASBConfig,
     adapt,
     describe,
+    explain,
     load_adapter,
     merge_and_unload,
     merge_checkpoint,
@@ -125,7 +126,15 @@ def test_only_h_is_kept_for_backward(kind):
     assert leaf.grad is not None
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        if kind in ("bitsandbytes nf4", "torchao Int8Tensor")
+        else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in QUANTIZERS
+    ],
+)
 def test_it_compiles_to_one_graph(kind):
     layer, _ = layers(kind)
     x, dy = torch.randn(5, 64), torch.randn(5, 96)
@@ -285,6 +294,20 @@ def test_autocast_and_copies(kind):
     assert y.dtype == torch.bfloat16
     assert (y.float() - expected).norm() < 2e-2 * expected.norm()
     assert torch.equal(copied(x), expected)
+
+
+def test_trained_factors_are_refused():
+    with pytest.raises(ValueError, match=r"init is 'lora' and a layer is quantized"):
+        adapt(quantized("bitsandbytes nf4"), LoRASBConfig(r=4, init="lora"), progress=False)
+    layer, _ = layers("bitsandbytes nf4")
+    layer.lora_B.requires_grad_(True)
+    with pytest.raises(ValueError, match="lora_B requires grad; expected it frozen"):
+        layer(torch.randn(3, 64))
+
+
+def test_the_plan_of_a_quantized_layer_is_explained():
+    layer, _ = layers("bitsandbytes nf4", torch.bfloat16)
+    assert str(explain(layer, arch="sm_86")) == str(explain((96, 64, 8), arch="sm_86"))
 
 
 def test_siblings_compute_for_themselves():

@@ -109,7 +109,7 @@ def test_merging_on_disk_into_a_quantized_model_is_refused(base, tmp_path):
         adapt(model, LoRASBConfig(r=4, init="orthogonal"), progress=False), tmp_path / "adapter"
     )
     arguments = (tmp_path / "adapter", tmp_path / "out")
-    with pytest.raises(ValueError, match="dtype torch.uint8, so the base model is quantized"):
+    with pytest.raises(ValueError, match=r"dtype torch\.uint8, so the base model is quantized"):
         merge_checkpoint(tmp_path / "quantized", *arguments, progress=False)
     merge_checkpoint(base, *arguments, progress=False)
 

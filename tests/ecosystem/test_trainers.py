@@ -1,5 +1,7 @@
 """An adapted model in the hands of the real Trainer, SFTTrainer, autocast and torch.compile."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -93,7 +95,7 @@ def test_bf16_autocast_in_the_trainer(trained, tmp_path):
 
 
 def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl", reason="pip install trl to test SFTTrainer")
+    trl = pytest.importorskip("trl", reason="TRL is in the extra [full]")
     datasets = pytest.importorskip("datasets")
     from tests.ecosystem.tokenizer import tiny_tokenizer
 
@@ -145,6 +147,23 @@ def test_a_whole_model_compiles_to_one_graph(architecture):
     expected.square().sum().backward()
     for ours, layer in zip(gradients, adapted_layers(model).values(), strict=True):
         torch.testing.assert_close(ours, layer.lora_R.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_inductor_compiles_a_whole_model():
+    model, batch = adapted(), batches("llama")[0]
+    model.model.layers = model.model.layers[:1]  # a minute or two even so
+    layers = adapted_layers(model).values()
+    expected = model(**batch)
+    expected.loss.backward()
+    gradients = [layer.lora_R.grad for layer in layers]
+    model.zero_grad()
+    output = torch.compile(model, fullgraph=True)(**batch)
+    torch.testing.assert_close(output.logits, expected.logits)
+    output.loss.backward()
+    for layer, gradient in zip(layers, gradients, strict=True):
+        torch.testing.assert_close(layer.lora_R.grad, gradient)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
