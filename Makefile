@@ -10,7 +10,7 @@
 #                       benchmarks; PART=tests|kernels|linear|init|train for one part, DRY=1
 #                       for the whole path on the CPU with tiny shapes, OUT= for the results,
 #                       PY= for an interpreter that has torch already
-#   make docs           the API reference from the docstrings, into out/docs
+#   make docs           docs/api.md and, into out/docs, the API reference from the docstrings
 #   make wheel          wheels without and, with a CUDA toolkit, with the extension
 
 PYTHON ?= python3
@@ -62,8 +62,7 @@ gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/test.stamp)
 	$(PY) -m bench.gpu $(addprefix --part ,$(PART)) $(if $(DRY),--dry) $(addprefix --out ,$(OUT))
 
 docs: $(VENV)/test.stamp
-	$(PY) -m pdoc --docformat google --output-directory out/docs \
-	    lorasb_kernels $(addprefix lorasb_kernels.,nn quantized optim integrations.peft)
+	$(PY) docs/build.py
 
 wheel: $(VENV)/base.stamp
 	LORASB_SKIP_CUDA=1 $(PIP) wheel --no-deps --no-build-isolation -w dist/pure .

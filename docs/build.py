@@ -1,0 +1,55 @@
+"""`make docs`: writes docs/api.md, and the whole reference as HTML into out/docs (pdoc)."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+MODULES = (
+    "lorasb_kernels",
+    "lorasb_kernels.functional",
+    "lorasb_kernels.init",
+    "lorasb_kernels.quantized",
+    "lorasb_kernels.integrations.peft",
+)
+HEAD = """# API
+
+What is public, with the first words of its docstring; `make docs` writes this page. It also builds
+the whole reference from the docstrings, arguments, shapes, errors and sources included, into
+`out/docs`.
+"""
+
+
+def public(module: str) -> dict:
+    """The classes and functions in a module's `__all__` by name."""
+    loaded = importlib.import_module(module)
+    objects = {name: getattr(loaded, name) for name in loaded.__all__}
+    return {name: value for name, value in objects.items() if callable(value)}
+
+
+def first_words(value) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join(inspect.getdoc(value).split("\n\n")[0].split())
+
+
+def page() -> str:
+    """docs/api.md."""
+    parts = [HEAD]
+    for module in MODULES:
+        rows = [f"| `{name}` | {first_words(value)} |" for name, value in public(module).items()]
+        parts.append(
+            "\n".join([f"## `{module}`", "", "| name | what it is |", "|---|---|", *rows, ""])
+        )
+    return "\n".join(parts)
+
+
+def build_reference(folder: Path) -> None:
+    """One HTML page a module."""
+    import pdoc
+
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc(*MODULES, output_directory=folder)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("api.md").write_text(page(), encoding="utf-8")
+    build_reference(Path("out/docs"))
