@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.ops.conftest import backend, device, dtype
+from tests.train.conftest import llama, tokenizer
 
 COMMON = {
     "deadline": None,
@@ -19,7 +20,7 @@ COMMON = {
 LITTLE = settings(**COMMON, max_examples=200)
 MUCH = settings(**COMMON, max_examples=10_000)
 
-__all__ = ["LITTLE", "MUCH", "backend", "device", "dtype"]
+__all__ = ["LITTLE", "MUCH", "backend", "device", "dtype", "llama", "tokenizer"]
 
 
 def amounts(little: int, much: int):

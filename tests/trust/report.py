@@ -2,8 +2,7 @@
 
     python -m tests.trust.report [--cases 200] [--out docs/numerics.md]
 
-Runs every operation, dtype and backend that this machine can run, each in a process of its
-own; a few minutes with a GPU, half an hour on two cores.
+Runs every operation, dtype and backend that this machine can run.
 """
 
 import argparse
@@ -89,33 +88,36 @@ def runs() -> Iterator[Run]:
         yield Run("triton, emulated", "triton", ("float32", "bfloat16"), 0.03, ("--emulated",))
 
 
-def worst(run: Run, operator: str, dtype: str, cases: int) -> dict:
-    """The worst ratios, found in a process of its own."""
+def worst(run: Run, dtype: str, cases: int) -> Iterator[dict]:
+    """The worst ratios of every operation, found in a process of its own."""
+    operators = [op for op in OPERATORS if dtype == "float32" or op not in SINGLE]
     count = max(1, round(cases * run.share))
-    command = [sys.executable, "-m", "tests.trust.worst", operator, dtype, run.backend]
-    completed = subprocess.run(
+    command = [sys.executable, "-m", "tests.trust.worst", dtype, run.backend, *operators]
+    process = subprocess.Popen(
         [*command, "--cases", str(count), *run.options],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
-    result = json.loads(completed.stdout)
-    if result["fault"]:
-        raise SystemExit(f"{operator}, {dtype}, {run.label}: {result['fault']}")
-    return result
+    for line in process.stdout:
+        result = json.loads(line)
+        print(dtype, run.label, result, flush=True)
+        if result["fault"]:
+            raise SystemExit(f"{result['operator']}, {dtype}, {run.label}: {result['fault']}")
+        yield {**result, "dtype": dtype, "backend": run.label}
+    if process.wait() != 0:
+        raise SystemExit(f"{dtype}, {run.label}: exit status {process.returncode}")
 
 
-def table(found: list[tuple[str, str, str, dict]]) -> str:
+def table(found: list[dict]) -> str:
     """Markdown, a row for each operation, dtype and backend."""
-    lines = [
-        "| operation | dtype | backend | cases | contract | elements |",
-        "|---|---|---|--:|--:|--:|",
-    ]
-    for operator, dtype, label, result in found:
+    head = "| operation | dtype | backend | cases | contract | elements |"
+    lines = [head, "|---|---|---|--:|--:|--:|"]
+    for result in sorted(found, key=lambda result: list(OPERATORS).index(result["operator"])):
+        names = f"`{result['operator']}` | {result['dtype']} | {result['backend']}"
         numbers = f"{result['cases']} | {result['contract']:.2f} | {result['elements']:.2f}"
-        lines.append(f"| `{operator}` | {dtype} | {label} | {numbers} |")
+        lines.append(f"| {names} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -130,17 +132,14 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200, help="for each of the table's rows")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "numerics.md")
     options = parser.parse_args()
-    found, labels = [], []
-    for operator in OPERATORS:
-        for run in runs():
-            labels += [run.label] * (run.label not in labels)
-            for dtype in run.dtypes:
-                if operator in SINGLE and dtype != "float32":
-                    continue
-                result = worst(run, operator, dtype, options.cases)
-                found.append((operator, dtype, run.label, result))
-                print(operator, dtype, run.label, result, flush=True)
-    notes = "\n".join(f"* {BACKENDS[label]}" for label in labels)
+    here = list(runs())
+    found = [
+        result
+        for run in here
+        for dtype in run.dtypes
+        for result in worst(run, dtype, options.cases)
+    ]
+    notes = "\n".join(f"* {BACKENDS[run.label]}" for run in here)
     text = TEXT.format(machine=machine(), table=table(found), backends=notes)
     write_text(options.out, text)
 

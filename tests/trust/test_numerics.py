@@ -52,7 +52,7 @@ def test_the_contract(operator, backend, dtype, device, cases):
 def test_the_contract_of_the_code_for_a_gpu(operator):
     """In bf16, which Triton's interpreter cannot multiply, compiled for sm_86 and emulated."""
     dtype = "float32" if operator in SINGLE else "bfloat16"
-    command = [sys.executable, "-m", "tests.trust.worst", operator, dtype, "triton", "--emulated"]
+    command = [sys.executable, "-m", "tests.trust.worst", dtype, "triton", operator, "--emulated"]
     completed = subprocess.run(
         [*command, "--cases", "5"],
         cwd=ROOT,

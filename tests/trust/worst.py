@@ -1,9 +1,9 @@
-"""The worst verdict of one operation, dtype and backend over drawn cases.
+"""The worst verdict of each operation over drawn cases, in one dtype on one backend.
 
-    python -m tests.trust.worst shrink bfloat16 triton --cases 20 --emulated
+    python -m tests.trust.worst bfloat16 triton shrink expand --cases 20 --emulated
 
-prints it as JSON. With `--emulated` the Triton kernels run as PTX for sm_86 on the CPU, which
-needs a process without Triton's interpreter.
+prints a line of JSON for each. With `--emulated` the Triton kernels run as PTX for sm_86 on
+the CPU, which needs a process without Triton's interpreter.
 """
 
 import argparse
@@ -91,19 +91,20 @@ def emulation():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("operator")
     parser.add_argument("dtype")
     parser.add_argument("backend")
+    parser.add_argument("operators", nargs="+")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--emulated", action="store_true")
     options = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = str(int(options.device == "cpu" and not options.emulated))
     torch.set_num_threads(1)
-    arguments = (options.operator, getattr(torch, options.dtype), options.backend)
+    arguments = (getattr(torch, options.dtype), options.backend, torch.device(options.device))
     with poisoned_memory(), emulation() if options.emulated else contextlib.nullcontext():
-        worst = worst_of(*arguments, torch.device(options.device), options.cases)
-    print(json.dumps(dataclasses.asdict(worst)))
+        for operator in options.operators:
+            worst = worst_of(operator, *arguments, options.cases)
+            print(json.dumps({"operator": operator, **dataclasses.asdict(worst)}), flush=True)
 
 
 if __name__ == "__main__":
