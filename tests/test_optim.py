@@ -131,6 +131,9 @@ class TestIllConditioned:
         inverse = optimizer._inverse(gram[None].detach(), 0.0, 20)
         assert inverse.isfinite().all()
         assert optimizer.damped_steps == 1
+        # What rounding cannot explain is no Gram matrix: it must not look like a result.
+        gram[1, 1] -= 0.1 * gram[1, 1]
+        assert optimizer._inverse(gram[None].detach(), 0.0, 20).isnan().all()
 
     def test_zero_factors_are_held_by_lambda(self):
         """LoRA's B = 0: the preconditioner is I/λ, and Adam takes its usual step."""

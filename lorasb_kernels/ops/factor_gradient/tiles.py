@@ -41,8 +41,7 @@ _HALF = {
 _SINGLE = {
     64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
     128: (FactorTile(8, 3, 32, 32), FactorTile(8, 3, 32, 32)),
-    256: (FactorTile(8, 2, 16, 32), FactorTile(8, 2, 16, 16)),
-    512: (FactorTile(8, 2, 16, 16), FactorTile(8, 2, 16, 16)),
+    512: (FactorTile(4, 2, 16, 16), FactorTile(4, 2, 16, 16)),
 }
 
 
