@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -85,10 +86,17 @@ def write_text(path: str | Path, text: str) -> None:
 def write_tensors(
     path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes tensors as safetensors, atomically; views and devices are taken care of."""
+    """Writes tensors as safetensors, atomically; views and devices are taken care of.
+
+    Raises:
+        OSError: it cannot be written (a full disk); the message names the file.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 __all__ = ["atomic_folder", "read_json", "replacing", "write_tensors", "write_text"]

@@ -26,5 +26,13 @@ class DataError(InputError):
     """A file or row that cannot be used; the message names the file and the line."""
 
 
+class CheckpointError(InputError):
+    """A checkpoint that cannot be resumed from; the message says what to do."""
+
+
+class DivergedError(ArithmeticError):
+    """A loss or gradient that is not finite; the message names the step."""
+
+
 class AssetError(InputError):
     """A model or data set of a demonstration that cannot be had; the message says what to do."""

@@ -1,7 +1,7 @@
 """One training run from its configuration: load, prepare, train, evaluate, save."""
 
 import contextlib
-import json
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorasb_kernels.files import read_json
 from lorasb_kernels.train.batching import Collator, pack
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.data import (
@@ -20,15 +21,17 @@ from lorasb_kernels.train.data import (
     read_labelled,
 )
 from lorasb_kernels.train.encoding import Encoder
-from lorasb_kernels.train.errors import ConfigError, DataError
+from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
 from lorasb_kernels.train.evaluation import evaluate
 from lorasb_kernels.train.files import write_json
+from lorasb_kernels.train.manifest import check
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
 from lorasb_kernels.train.progress import TrainingBar, track
 from lorasb_kernels.train.trainer import (
     AdapterTrainer,
     checkpoints,
     initial_step,
+    remove_remains,
     training_arguments,
 )
 
@@ -126,10 +129,22 @@ def finetune(
     Raises:
         ConfigError: `output_dir` holds a run with other settings.
         DataError: no usable training row.
+        CheckpointError: a damaged checkpoint, or none left of a run that was trained.
+        DivergedError: a loss or gradient that is not finite.
     """
     output_dir = Path(config.output_dir)
-    claim(output_dir, config)
     arguments = training_arguments(config)
+    claim(output_dir, config, train_rows)
+    resume_from = next(iter(reversed(checkpoints(output_dir))), None)
+    if resume_from is not None:
+        check(resume_from, arguments.world_size)
+    elif (output_dir / "result.json").exists():
+        raise CheckpointError(
+            f"{output_dir} holds a trained adapter and none of the checkpoints that led to it; "
+            "expected them, or another output_dir"
+        )
+    if is_main_process():
+        remove_remains(output_dir)
     clock = Clock()
     with clock.phase("load"):
         model, tokenizer = load_model(config, train_rows)
@@ -178,7 +193,6 @@ def finetune(
         callbacks=[*bars, *callbacks],
     )
     with clock.phase("train"):
-        resume_from = next(iter(reversed(checkpoints(output_dir))), None)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     after = judge(f"{config.evaluation} after")
     result = Result(
@@ -197,18 +211,41 @@ def finetune(
     return model, encoder, result
 
 
-def claim(output_dir: Path, config: TrainConfig) -> None:
-    """Writes the settings into the output folder, or checks that they are its settings.
+def digest_of(rows: Rows) -> str:
+    """SHA-256 of the training rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def claim(output_dir: Path, config: TrainConfig, rows: Rows) -> None:
+    """Writes into the output folder whose run it is, or checks that it is this run's.
+
+    Args:
+        output_dir: gets `config.json`, the settings, and `data.json`, a digest of the rows.
+        config: the settings.
+        rows: the training rows.
 
     Raises:
-        ConfigError: the folder belongs to a run with other settings.
+        ConfigError: the folder belongs to a run with other settings or rows, or its files
+            are damaged.
     """
-    path = output_dir / "config.json"
-    if not path.exists():
-        write_json(path, config.to_dict())
+    own, data = config.to_dict(), {"rows": len(rows), "sha256": digest_of(rows)}
+    files = {"data.json": data, "config.json": own}
+    if not (output_dir / "config.json").exists():
+        for name, value in files.items():
+            write_json(output_dir / name, value)
         return
-
-    stored, own = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
+    try:
+        known, stored = (read_json(output_dir / name) for name in files)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{error}; expected what the run in output_dir wrote") from error
+    if known != data:
+        raise ConfigError(
+            f"data is {len(rows)} rows that are not those of the run in output_dir "
+            f"{str(output_dir)!r}; expected the same rows, or another output_dir"
+        )
     # Settings that an earlier version did not have were at what is now their default.
     stored = TrainConfig(**{name: stored[name] for name in own if name in stored}).to_dict()
     for name in own:

@@ -1,10 +1,11 @@
 """transformers' Trainer, with atomic checkpoints that hold only what is trained.
 
     output_dir/adapter/              A and B, once, and how they began (LoRA and its kin)
-    output_dir/checkpoint-<step>/    trained.safetensors, optimizer, scheduler, RNG, history
+    output_dir/checkpoint-<step>/    trained.safetensors, optimizer, scheduler, RNG, history,
+                                     and a manifest of their digests
 
-A checkpoint is written whole into a folder beside its place and renamed into it, so the
-newest `checkpoint-<step>` is always complete.
+A checkpoint is written whole into a folder beside its place and renamed into it, and renamed
+away before it is deleted, so every `checkpoint-<step>` is complete.
 """
 
 import math
@@ -23,7 +24,9 @@ from lorasb_kernels.optim import PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
 from lorasb_kernels.train.checkpoint_state import load_state, save_state
 from lorasb_kernels.train.config import TrainConfig
+from lorasb_kernels.train.errors import DivergedError
 from lorasb_kernels.train.loss import token_losses
+from lorasb_kernels.train.manifest import seal
 
 STAGING = ".checkpoint"
 
@@ -74,6 +77,7 @@ class AdapterTrainer(Trainer):
         if config.task == "causal-lm":  # `compute_loss` divides by the labels of the whole step
             self.model_accepts_loss_kwargs = True
         self._staging: Path | None = None
+        self.add_callback(_StopAtNonFinite())
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
 
@@ -120,13 +124,13 @@ class AdapterTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (written,) = self._staging.iterdir()
-                target = output_dir / written.name
-                shutil.rmtree(target, ignore_errors=True)
-                written.rename(target)
-                self._staging.rmdir()
+                seal(written, self.args.world_size)
+                written.rename(output_dir / written.name)
                 for old in checkpoints(output_dir)[: -self.config.keep_checkpoints]:
-                    shutil.rmtree(old)
+                    old.rename(self._staging / old.name)
         finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
     def _get_output_dir(self, trial):
@@ -173,7 +177,7 @@ class AdapterTrainer(Trainer):
         save_state(self._rng_file(output_dir), state)
 
     def _load_rng_state(self, checkpoint):
-        if checkpoint is None or not self._rng_file(checkpoint).exists():
+        if checkpoint is None:
             return
         state = load_state(self._rng_file(checkpoint))
         random.setstate(state["python"])
@@ -181,6 +185,19 @@ class AdapterTrainer(Trainer):
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
+
+
+class _StopAtNonFinite(TrainerCallback):
+    """Ends the run at the first loss or gradient that is not finite, before it is saved."""
+
+    def on_log(self, args, state, control, logs, **_):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise DivergedError(
+                    f"{name} is {logs[name]} at step {state.global_step}; expected a finite "
+                    "number. Checkpoints of earlier steps are kept; a lower learning_rate or a "
+                    "longer warm-up may help, in another output_dir"
+                )
 
 
 class _EpochOfSampler(TrainerCallback):
@@ -206,6 +223,13 @@ def initial_step(config: TrainConfig, args: TrainingArguments, samples: int) -> 
     steps = math.ceil(config.epochs * math.ceil(batches / config.accumulation))
     warmup = args.get_warmup_steps(config.max_steps or steps)
     return config.learning_rate / max(1, warmup)
+
+
+def remove_remains(output_dir: Path) -> None:
+    """Removes what a killed run was writing or deleting."""
+    for pattern in (STAGING, ".adapter.*"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

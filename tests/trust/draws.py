@@ -77,7 +77,7 @@ def make(
         values.zero_()
     elif fill.kind == "constant":
         values.fill_(1.0)
-    elif fill.kind == "rows":
+    elif fill.kind == "rows" and shape:
         low, high = POWERS[dtype]
         count = shape[0] if len(shape) > 1 else 1
         powers = torch.randint(low // 2, high // 2 + 1, (count,), generator=generator)

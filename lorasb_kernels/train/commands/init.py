@@ -115,7 +115,7 @@ def initialize(config: TrainConfig) -> str:
     if (folder / ADAPTER_FOLDER).exists():
         raise ConfigError(f"output_dir {str(folder)!r} holds an adapter; expected another one")
     rows = read(config, config.data)
-    claim(folder, config)
+    claim(folder, config, rows)
     arguments = training_arguments(config)
     model, tokenizer = load_model(config, rows)
     encoder = Encoder(tokenizer, config.max_length, config.system_prompt)
