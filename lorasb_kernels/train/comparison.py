@@ -129,8 +129,9 @@ class Comparison:
         for contender in contenders:
             if only and contender.name not in only:
                 continue
-            tried = self.validated(known[contender.rate_of] if contender.rate_of else contender)
-            best = max(tried, key=tried.get)
+            chooses = known[contender.rate_of] if contender.rate_of else contender
+            tried = self.validated(chooses)
+            best = max(tried, key=tried.get) if tried else chooses.learning_rates[0]
             final = [self.cell(contender, best, seed, "test") for seed in self.seeds]
             rows.append(self.row(contender, best, tried, final))
             curves[contender.name] = final[0]["losses"]
@@ -141,7 +142,10 @@ class Comparison:
         return rows
 
     def validated(self, contender: Contender) -> dict[float, float]:
-        """Validation scores, the higher the better, by learning rate."""
+        """Validation scores, the higher the better, by learning rate; none to choose from a
+        single one."""
+        if len(contender.learning_rates) == 1:
+            return {}
         sign = -1 if self.task.metric == "loss" else 1
         tried: dict[float, float] = {}
         for rate in sweep(contender.learning_rates, tried, self.extensions):

@@ -94,6 +94,7 @@ def test_a_task_of_ones_own(bert, tmp_path, capsys):
     assert "lora-one-r4" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "out" / "table.json").read_text())
     assert row["name"] == "lora-one-r4"
+    assert row["validation"] == {}  # a single learning rate is not judged
     # The optimizer is that of the method, not of the file's default method.
     (cell,) = (tmp_path / "out" / "cells").glob("*-test.json")
     assert json.loads(cell.read_text())["config"]["optimizer"] == "preconditioned"

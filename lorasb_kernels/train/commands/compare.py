@@ -3,8 +3,9 @@ r"""Compare methods on one task, from the same base, seeds and data order.
 Without --config the task is the demonstration's: MiniLM-L6 learns to tell sarcastic headlines
 from others. There the suite `methods` holds full fine-tuning, LoRA, rsLoRA, PiSSA, DoRA, LoRA-XS,
 LoRA-SB and LoRA-One, `ablations` LoRA-SB with other initializations and numbers of samples.
-Learning rates are chosen on validation rows, the test rows are read once a run. Every finished
-run is kept; started again, the comparison goes on. Writes table.json, table.md and loss.png.
+Learning rates are chosen on validation rows (up to two more are tried where the best is the first
+or the last), the test rows are read once a run. Every finished run is kept; started again, the
+comparison goes on. Writes table.json, table.md and loss.png.
 
     lorasb compare --suite methods --output-dir out/compare
     lorasb compare --config task.yaml --validation val.jsonl --test test.jsonl \
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from lorasb_kernels.train.comparison import Comparison
-    from lorasb_kernels.train.demo.compare import SUITES, headlines_task
+    from lorasb_kernels.train.demo.compare import ETA, EXTENSIONS, SUITES, headlines_task
     from lorasb_kernels.train.progress import console
 
     if options.seeds < 1:
@@ -52,9 +53,9 @@ def run(options: argparse.Namespace) -> int:
     if options.config:
         task, contenders = own_task(options), [contender(text) for text in options.methods]
     else:
-        task = headlines_task(options.train_rows, options.test_rows, options.epochs)
+        task = headlines_task(options.train_rows, options.test_rows, options.epochs, ETA)
         contenders = SUITES[options.suite]
-    comparison = Comparison(task, Path(options.output_dir), range(options.seeds))
+    comparison = Comparison(task, Path(options.output_dir), range(options.seeds), EXTENSIONS)
     rows = comparison.run(contenders, options.only)
     console.print(comparison.summary(rows))
     return 0
