@@ -28,6 +28,8 @@ def adapt(
     learning_rate: float | None = None,
     loss_fn: Callable | None = None,
     progress: bool = True,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
 ) -> nn.Module:
     """Adapts `model` in place: each target becomes a `LoRASBLinear` over the same weight.
 
@@ -46,6 +48,8 @@ def adapt(
             optimizer step. `"lora-one"` has none.
         loss_fn: `loss_fn(model, batch)`, see `lorasb_kernels.init.estimate_updates`.
         progress: show a progress bar.
+        strategy, memory_budget: how gradients are estimated and in how many bytes, see
+            `lorasb_kernels.init.estimate_updates`.
 
     Returns:
         `model`.
@@ -65,7 +69,17 @@ def adapt(
     saved = find_saved_modules(model, config.modules_to_save)
     _check_estimation(config.init, batches, learning_rate)
     layers = {name: new_layer(linear, config) for name, linear in targets.items()}
-    adapters = initialize(model, targets, config, batches, learning_rate, loss_fn, progress)
+    adapters = initialize(
+        model,
+        targets,
+        config,
+        batches,
+        learning_rate,
+        loss_fn,
+        progress,
+        strategy,
+        memory_budget,
+    )
     for name, adapter in adapters:
         layers[name].set_adapter(adapter.lora_A, adapter.lora_R, adapter.lora_B)
         layers[name].init_report = adapter.report

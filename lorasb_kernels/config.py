@@ -14,6 +14,7 @@ LORA_INITS = ("lora", "lora-one")
 INITS = (*CORE_INITS, *LORA_INITS)
 GRADIENT_INITS = ("lora-sb", "noise", "scaled-b", "lora-one")  # start from samples' gradients
 SIGN_INITS = ("lora-sb", "noise", "scaled-b")  # of which only the sign, so that η is needed
+STRATEGIES = ("auto", "resident", "layerwise", "grouped")  # of estimating gradients
 BACKENDS = ("auto", "reference", "triton", "cuda")
 SIGMA_SIDES = ("B", "A")
 SPECTRAL_SCALINGS = ("relative", "absolute")
@@ -178,4 +179,12 @@ class LoRASBConfig:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-__all__ = ["CORE_INITS", "GRADIENT_INITS", "INITS", "LORA_INITS", "SIGN_INITS", "LoRASBConfig"]
+__all__ = [
+    "CORE_INITS",
+    "GRADIENT_INITS",
+    "INITS",
+    "LORA_INITS",
+    "SIGN_INITS",
+    "STRATEGIES",
+    "LoRASBConfig",
+]

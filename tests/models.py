@@ -1,7 +1,5 @@
 """Tiny random models of each supported architecture, built from their configurations."""
 
-import copy
-
 import torch
 import transformers as hf
 
@@ -19,44 +17,59 @@ _TEXT = {
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 
 
-def _causal(config):
-    # A copy each, as saving or casting a model writes to its configuration.
-    return lambda: hf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
-
-
+# The auto class, the configuration's class and its settings.
 ARCHITECTURES = {
-    "llama": _causal(hf.LlamaConfig(**_TEXT, **_GROUPED)),
-    "mistral": _causal(hf.MistralConfig(**_TEXT, **_GROUPED, sliding_window=8)),
-    "gemma2": _causal(
-        hf.Gemma2Config(**_TEXT, **_GROUPED, sliding_window=4, attn_implementation="eager")
+    "llama": (hf.AutoModelForCausalLM, hf.LlamaConfig, _TEXT | _GROUPED),
+    "mistral": (
+        hf.AutoModelForCausalLM,
+        hf.MistralConfig,
+        _TEXT | _GROUPED | {"sliding_window": 8},
     ),
-    "qwen2": _causal(hf.Qwen2Config(**_TEXT, num_key_value_heads=2)),
-    "qwen3": _causal(hf.Qwen3Config(**_TEXT, **_GROUPED)),
-    "phi": _causal(hf.PhiConfig(**_TEXT)),
-    "phi3": _causal(hf.Phi3Config(**_TEXT, num_key_value_heads=2)),
-    "gpt_neox": _causal(hf.GPTNeoXConfig(**_TEXT)),
-    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_TEXT, num_labels=3)),
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_TEXT, num_labels=3)),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            vocab_size=64,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-        )
+    "gemma2": (
+        hf.AutoModelForCausalLM,
+        hf.Gemma2Config,
+        _TEXT | _GROUPED | {"sliding_window": 4, "attn_implementation": "eager"},
+    ),
+    "qwen2": (hf.AutoModelForCausalLM, hf.Qwen2Config, _TEXT | {"num_key_value_heads": 2}),
+    "qwen3": (hf.AutoModelForCausalLM, hf.Qwen3Config, _TEXT | _GROUPED),
+    "phi": (hf.AutoModelForCausalLM, hf.PhiConfig, _TEXT),
+    "phi3": (hf.AutoModelForCausalLM, hf.Phi3Config, _TEXT | {"num_key_value_heads": 2}),
+    "gpt_neox": (hf.AutoModelForCausalLM, hf.GPTNeoXConfig, _TEXT),
+    "roberta": (
+        hf.AutoModelForSequenceClassification,
+        hf.RobertaConfig,
+        _TEXT | {"num_labels": 3},
+    ),
+    "bert": (hf.AutoModelForSequenceClassification, hf.BertConfig, _TEXT | {"num_labels": 3}),
+    "t5": (
+        hf.AutoModelForSeq2SeqLM,
+        hf.T5Config,
+        {
+            "vocab_size": 64,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+        },
     ),
 }
 
 
-def build(architecture: str, seed: int = 0) -> torch.nn.Module:
-    """A tiny random model in eval mode; the global RNG is left alone."""
+def build(architecture: str, seed: int = 0, **changes) -> torch.nn.Module:
+    """A tiny random model in eval mode; the global RNG is left alone.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        seed: of its weights.
+        changes: settings of its configuration in place of, or beside, those above.
+    """
+    kind, config, settings = ARCHITECTURES[architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[architecture]().eval()
+        return kind.from_config(config(**settings | changes)).eval()
 
 
 def batches(architecture: str, count: int = 2, size: int = 3, seed: int = 1) -> list[dict]:

@@ -33,32 +33,38 @@ class Kept:
 
 
 class Offloaded:
-    """A CUDA tensor that waits in pinned host memory."""
+    """A tensor that waits in host memory, pinned for a GPU's copies.
 
-    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream):
+    Args:
+        tensor: the tensor.
+        stream: of its device, for the copies.
+    """
+
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream | torch.cpu.Stream):
         tensor = tensor.detach()
         self._device, self._stream = tensor.device, stream
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        self._module = torch.get_device_module(self._device)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(stream):
             self._host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)
+        _used_on(stream, tensor)
         self._fetched: torch.Tensor | None = None
 
     def prefetch(self) -> None:
         """Starts the copy back to the device."""
         if self._fetched is None:
-            with torch.cuda.stream(self._stream):
-                self._fetched = self._host.to(self._device, non_blocking=True)
+            with self._module.stream(self._stream):
+                self._fetched = self._host.to(self._device, non_blocking=True, copy=True)
             self._arrived = self._stream.record_event()
 
     def get(self) -> torch.Tensor:
         """The tensor on its device, for work on the current stream."""
         self.prefetch()
         tensor, self._fetched = self._fetched, None
-        current = torch.cuda.current_stream(self._device)
+        current = self._module.current_stream(self._device)
         current.wait_event(self._arrived)  # not for what was prefetched after it
-        tensor.record_stream(current)
+        _used_on(current, tensor)
         return tensor
 
 
@@ -73,7 +79,7 @@ class BoundaryStore:
     def __init__(self, budget: int | None):
         self._budget, self._used = budget, 0
         self._known: dict[int, tuple[weakref.ref, Kept | Offloaded]] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream | torch.cpu.Stream] = {}
 
     def keep(self, tensor: torch.Tensor) -> Kept | Offloaded:
         """A handle to `tensor` as it is now."""
@@ -89,12 +95,24 @@ class BoundaryStore:
 
     def _place(self, tensor: torch.Tensor) -> Kept | Offloaded:
         fits = self._budget is None or self._used + tensor.nbytes <= self._budget
-        if fits or tensor.device.type != "cuda":
+        if fits or not _has_memory_of_its_own(tensor.device):
             self._used += tensor.nbytes
             return Kept(tensor)
         if tensor.device not in self._streams:
-            self._streams[tensor.device] = torch.cuda.Stream(tensor.device)
+            self._streams[tensor.device] = torch.get_device_module(tensor.device).Stream(
+                tensor.device
+            )
         return Offloaded(tensor, self._streams[tensor.device])
+
+
+def _has_memory_of_its_own(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _used_on(stream: torch.cuda.Stream | torch.cpu.Stream, tensor: torch.Tensor) -> None:
+    """Keeps the memory of `tensor` from being given to others before `stream` is through."""
+    if tensor.is_cuda:
+        tensor.record_stream(stream)
 
 
 __all__ = ["BoundaryStore", "ChangedInPlace"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasb_kernels.config import STRATEGIES
 from lorasb_kernels.init import ranks
 from lorasb_kernels.init.blocks import find_blocks
 from lorasb_kernels.init.estimation import Estimation
@@ -22,8 +23,6 @@ from lorasb_kernels.init.layerwise import layerwise
 from lorasb_kernels.init.memory import accumulator_bytes, free_memory
 from lorasb_kernels.init.resident import resident
 from lorasb_kernels.init.sign_matrix import SignMatrix
-
-STRATEGIES = ("auto", "resident", "layerwise", "grouped")
 
 
 def estimate_updates(
@@ -221,4 +220,4 @@ def _listed(batches: Iterable[Any] | None) -> list[Any]:
     return batches
 
 
-__all__ = ["STRATEGIES", "estimate_gradients", "estimate_updates"]
+__all__ = ["estimate_gradients", "estimate_updates"]

@@ -23,7 +23,7 @@ from lorasb_kernels.init.blocks import find_blocks
 from lorasb_kernels.init.boundary_store import BoundaryStore
 from lorasb_kernels.init.estimation import Estimation
 from lorasb_kernels.init.estimation_mode import replaced_forward
-from lorasb_kernels.init.memory import accumulator_bytes
+from lorasb_kernels.init.memory import accumulator_bytes, release_free_memory
 from lorasb_kernels.init.ranks import FallBack
 
 
@@ -52,12 +52,14 @@ def layerwise(
             tapes = []
             for index in range(len(estimation.batches)):
                 tapes.append(_record(estimation, blocks, index, store))
+                release_free_memory(estimation.device)
                 bar.update()
             order = _common_order(tapes)
         pending = list(names)
         for position in reversed(range(len(order))):
             with estimation.step(names):
                 _replay([tape.pop() for tape in tapes], bar)
+            release_free_memory(estimation.device)
             if order[position] in order[:position]:
                 continue
             for name in layers_of[order[position]]:

@@ -18,6 +18,7 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -199,18 +200,20 @@ def initialize(
     eta: float | None,
     loss_fn: Callable | None,
     progress: bool,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
 ) -> Iterator[tuple[str, Adapter]]:
     """Yields the name and the initial adapter of each target, in any order.
 
     The model comes out as it went in. Arguments as for `lorasb_kernels.adapt`.
     """
+    estimation = {"loss_fn": loss_fn, "progress": progress}
+    estimation |= {"strategy": strategy, "memory_budget": memory_budget}
     if config.init == "lora-one":
-        yield from _lora_one(model, targets, config, batches, loss_fn, progress)
+        yield from _lora_one(model, targets, config, batches, estimation)
         return
     if config.init in SIGN_INITS:
-        updates = estimate_updates(
-            model, batches, list(targets), loss_fn=loss_fn, progress=progress
-        )
+        updates = estimate_updates(model, batches, list(targets), **estimation)
         if config.init in ("lora-sb", "scaled-b"):
             for name, adapter in _lora_sb_in_batches(updates, config, eta):
                 yield name, adapter if config.init == "lora-sb" else scaled_b(adapter, config.s)
@@ -233,12 +236,10 @@ def initialize(
 
 
 def _lora_one(
-    model, targets, config: LoRASBConfig, batches, loss_fn, progress
+    model, targets, config: LoRASBConfig, batches, estimation: dict[str, Any]
 ) -> Iterator[tuple[str, Adapter]]:
     batches = list(batches)
-    gradients = estimate_gradients(
-        model, batches, list(targets), loss_fn=loss_fn, progress=progress
-    )
+    gradients = estimate_gradients(model, batches, list(targets), **estimation)
     samples = 1
     if config.spectral_scaling == "absolute":  # the relative one does not depend on the scale
         device = next(iter(targets.values())).weight.device

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from lorasb_kernels.config import CORE_INITS, INITS, LORA_INITS, SPECTRAL_SCALINGS
+from lorasb_kernels.config import CORE_INITS, INITS, LORA_INITS, SPECTRAL_SCALINGS, STRATEGIES
 from lorasb_kernels.train.errors import ConfigError, shown
 
 TASKS = ("causal-lm", "classification")
@@ -66,6 +66,8 @@ class TrainConfig:
     init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
     init_minimum: int = 32  # samples, when the share is fewer
     init_learning_rate: float | None = None  # η of LoRA-SB; None: that of the first step
+    init_strategy: str = "auto"  # of estimating gradients: resident, layerwise, grouped
+    init_memory_budget: int | None = None  # bytes for it; None: half of what is free
     gamma: float = 128.0  # γ of `lora-one`
     spectral_scaling: str = "relative"  # of `lora-one`: √(S/S₁)/√γ, or "absolute": √γ·√S
     noise_std: float = 1e-5  # of `noise`
@@ -109,6 +111,7 @@ class TrainConfig:
                 f"optimal_gradient is true and method {self.method!r}; expected a method that "
                 "trains a core"
             )
+        self._one_of("init_strategy", STRATEGIES)
         self._one_of("schedule", SCHEDULES)
         self._one_of("batching", BATCHING)
         self._one_of("dtype", DTYPES)
@@ -120,7 +123,7 @@ class TrainConfig:
         positive = ("r", "learning_rate", "batch_size", "accumulation", "epochs", "max_length")
         positive += ("init_minimum", "eval_batch_size", "max_new_tokens", "save_steps")
         positive += ("keep_checkpoints", "max_steps", "lora_alpha", "init_learning_rate")
-        positive += ("damping", "gamma")
+        positive += ("damping", "gamma", "init_memory_budget")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -95,7 +95,16 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
     if config.adapter_init in GRADIENT_INITS:
         batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
     loss_fn = sample_mean_loss if config.task == "causal-lm" else None
-    adapt(model, adapter_config, batches, eta, loss_fn, progress)
+    adapt(
+        model,
+        adapter_config,
+        batches,
+        eta,
+        loss_fn,
+        progress,
+        config.init_strategy,
+        config.init_memory_budget,
+    )
     # Past the first barrier no rank takes the folder that is written now for an earlier run's.
     distributed = torch.distributed.is_initialized()
     if distributed:

@@ -1,77 +1,30 @@
-"""Tiny random models of the shapes that estimation must handle, and padded batches for them."""
+"""Models of the shapes that estimation must handle, and padded batches for them."""
+
+from functools import partial
 
 import torch
 from torch import nn
 
-VOCABULARY = 61
+from tests.models import build
+
+VOCABULARY = 64  # of the models in `tests.models`
+
+# Deep enough to have a first, a middle and a last block, with what must be handled besides.
+_CHANGES = {
+    "llama": {"num_hidden_layers": 3, "attention_dropout": 0.1, "tie_word_embeddings": True},
+    "gemma2": {"num_hidden_layers": 4},
+    "roberta": {"num_hidden_layers": 3},
+    "t5": {"num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu"},
+}
 
 
-def llama(**changes) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_dropout": 0.1,
-        "pad_token_id": 0,
-        "tie_word_embeddings": True,
-    }
-    return _seeded(LlamaForCausalLM, LlamaConfig(**settings | changes))
+def family(architecture: str, **changes) -> nn.Module:
+    """A tiny random model in train mode."""
+    return build(architecture, **_CHANGES[architecture] | changes).train()
 
 
-def gemma2() -> nn.Module:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=4,
-        pad_token_id=0,
-    )
-    return _seeded(Gemma2ForCausalLM, config)
-
-
-def roberta() -> nn.Module:
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    config = RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    return _seeded(RobertaForSequenceClassification, config)
-
-
-def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=3,
-        num_decoder_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        decoder_start_token_id=0,
-    )
-    return _seeded(T5ForConditionalGeneration, config)
+FAMILIES = {architecture: partial(family, architecture) for architecture in _CHANGES}
+llama = FAMILIES["llama"]
 
 
 class Residual(nn.Module):
@@ -116,15 +69,6 @@ def stack_batches(sizes: tuple[int, ...] = (3, 2), width: int = 8) -> list[torch
     """Random inputs for a `Stack`."""
     generator = torch.Generator().manual_seed(2)
     return list(torch.randn(sum(sizes), width, generator=generator).split(sizes))
-
-
-FAMILIES = {"llama": llama, "gemma2": gemma2, "roberta": roberta, "t5": t5}
-
-
-def _seeded(kind: type, config) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kind(config).train()
 
 
 def samples(count: int = 5, seed: int = 1, *, classes: int | None = None) -> list[dict]:

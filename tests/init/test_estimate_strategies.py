@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lorasb_kernels import LoRASBConfig, adapt
 from lorasb_kernels.init import boundary_store, estimate_updates
 from lorasb_kernels.init import estimate as estimate_module
 from lorasb_kernels.init.gradient_sums import GradientSums
+from lorasb_kernels.targets import adapted_layers
 from tests.init.models import (
     FAMILIES,
     Stack,
@@ -51,12 +53,17 @@ def test_strategies_give_the_same_signs(family):
 
 
 def _blocks(model):
-    return model.model.layers if hasattr(model, "model") else model.encoder.block
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated")
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("family", "reentrant"),
+    [
+        *[("llama", True), ("llama", False), ("t5", True), ("t5", False)],
+        *[("gemma2", False), ("roberta", False)],
+    ],
+)
 def test_gradient_checkpointing_changes_nothing(family, reentrant):
     model = FAMILIES[family]()
     names = linear_names(model)
@@ -93,6 +100,17 @@ def test_custom_loss_and_layers_outside_the_blocks():
     names = linear_names(model)
     assert {"before", "after"} < set(names)
     assert_same_signs(model, stack_batches(), names, loss_fn=stack_loss)
+
+
+def test_custom_loss_of_a_language_model():
+    """A loss over all logits, and not the mean over a sample's labels."""
+
+    def confidence(model, batch):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return (model(**inputs).logits.logsumexp(-1) * batch["attention_mask"]).sum(1)
+
+    model = llama()
+    assert_same_signs(model, batches_for("llama"), linear_names(model), loss_fn=confidence)
 
 
 def test_targets_in_the_last_block_only():
@@ -204,14 +222,14 @@ def test_activations_at_a_time(strategy, most):
     assert alive.count() == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to offload from")
 def test_block_inputs_beyond_the_budget_wait_in_host_memory(monkeypatch):
+    """On the CPU by the same code, with streams that do nothing and memory not pinned."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(boundary_store, "_has_memory_of_its_own", lambda device: True)
     moved = []
     real = boundary_store.Offloaded
-    monkeypatch.setattr(
-        boundary_store, "Offloaded", lambda *a: moved.append(1) or real(*a), raising=True
-    )
-    model = llama().cuda()
+    monkeypatch.setattr(boundary_store, "Offloaded", lambda *a: moved.append(1) or real(*a))
+    model = llama().to(device)
     names = linear_names(model)
     wanted = signs(model, batches_for("llama"), names, "layerwise")
     assert not moved
@@ -219,6 +237,13 @@ def test_block_inputs_beyond_the_budget_wait_in_host_memory(monkeypatch):
     found = signs(model, batches_for("llama"), names, "layerwise", memory_budget=one_block + 2048)
     assert moved
     assert found == wanted
+
+
+def test_inputs_of_a_host_model_stay_whatever_the_budget(monkeypatch):
+    monkeypatch.setattr(boundary_store, "Offloaded", lambda *_: pytest.fail("moved"))
+    model = Stack()
+    names = ["blocks.0.up", "blocks.1.up"]
+    signs(model, stack_batches(), names, "layerwise", memory_budget=512, loss_fn=stack_loss)
 
 
 def test_layerwise_skips_blocks_below_the_first_target():
@@ -254,6 +279,18 @@ def chosen(monkeypatch, model, names, **options):
         monkeypatch.setattr(estimate_module, strategy, watched)
     dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss, **options))
     return taken
+
+
+def test_adapt_estimates_by_the_strategy_and_within_the_budget(monkeypatch):
+    watch = _Accumulators(monkeypatch)
+    for strategy, budget in (("grouped", SMALL_BUDGET), ("layerwise", 10 * SMALL_BUDGET)):
+        watch.peak = 0
+        model = llama()
+        options = {"strategy": strategy, "memory_budget": budget, "progress": False}
+        adapt(model, LoRASBConfig(r=4), batches_for("llama"), 1e-3, **options)
+        assert 0 < watch.peak <= budget
+    layers = sum(4 * w.lora_A.shape[1] * w.lora_B.shape[0] for w in adapted_layers(model).values())
+    assert watch.peak == layers // 3
 
 
 def test_auto_takes_what_the_budget_allows(monkeypatch):
@@ -308,6 +345,16 @@ class Stateful(Stack):
         return super().forward(x)
 
 
+class Restless(Stack):
+    """Blocks that draw random numbers in eval mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            original = block.forward
+            block.forward = lambda x, original=original: original(x) * torch.rand(())
+
+
 def with_cache(model, batch):
     x = model.before(batch)
     for block in model.blocks:
@@ -342,8 +389,9 @@ def varying_depth(model, batch):
     return model.after(x).squeeze(1)
 
 
-def test_blocks_that_read_outside_state_fall_back_to_grouped():
-    model = Stateful()
+@pytest.mark.parametrize("kind", [Stateful, Restless])
+def test_blocks_whose_output_hangs_on_more_than_inputs_fall_back_to_grouped(kind):
+    model = kind()
     names = linear_names(model)
     wanted = signs(model, stack_batches(), names, "resident", loss_fn=stack_loss)
     with pytest.warns(UserWarning, match="'layerwise' gave up: block blocks.2 gave another output"):

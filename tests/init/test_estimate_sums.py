@@ -60,12 +60,13 @@ def test_signs_are_those_of_the_sums():
         assert torch.equal(signs.to_dense(), sums[name].sign()), name
 
 
-def test_padding_adds_nothing():
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_padding_adds_nothing(strategy):
     model = llama()
     names = linear_names(model)
     rows = samples(3)
-    near = dict(estimate_gradients(model, [padded(rows)], names))
-    far = dict(estimate_gradients(model, [padded(rows, extra=9)], names))
+    near = dict(estimate_gradients(model, [padded(rows)], names, strategy=strategy))
+    far = dict(estimate_gradients(model, [padded(rows, extra=9)], names, strategy=strategy))
     for name in names:
         assert relative_error(far[name], near[name].double()) < 1e-5, name
 

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.init import InitReport, predict_init
+from lorasb_kernels.init import InitReport, estimate_updates, predict_init
 from lorasb_kernels.init.predict import Rates
-from tests.init.models import Stack, batches_for, linear_names, llama
+from tests.init.models import VOCABULARY, Stack, batches_for, linear_names, llama
 
 RATES = Rates(flops=1e9, svd=1e-9)
 
@@ -86,12 +87,42 @@ def test_prediction_counts_accumulators_and_boundaries():
 def test_prediction_counts_one_more_forward_for_layerwise():
     model = llama()
     resident, layerwise = predict(model).strategies
-    head = 61 * 32
+    head = VOCABULARY * 32
     weights = sum(model.get_submodule(name).weight.numel() for name in linear_names(model))
     passes = 2 * 200 * (3 * weights + 2 * head) / 1e9
     svd = 1e-9 * 4 * weights
     assert resident.seconds == pytest.approx(passes + svd)
     assert layerwise.seconds - resident.seconds == pytest.approx(2 * 200 * (weights + head) / 1e9)
+
+
+def peak_bytes(work) -> int:
+    """Most bytes of tensors alive at a time, beyond those that were before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    level = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        level += change.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_predicted_peak_is_within_a_factor_of_two_of_the_measured(strategy):
+    model = llama(hidden_size=96, intermediate_size=256, head_dim=24, num_hidden_layers=4)
+    ids = torch.arange(3, 35).repeat(16, 1)
+    batches = [{"input_ids": part, "labels": part} for part in ids.split(4)]
+    names = linear_names(model)
+
+    def estimate():
+        for _ in estimate_updates(model, batches, names, strategy=strategy):
+            pass
+
+    estimate()  # what is allocated once stays
+    prediction = predict(model, samples=16, tokens=32, micro_batch=4)
+    predicted = {s.strategy: s.total for s in prediction.strategies}[strategy]
+    assert predicted / 2 <= peak_bytes(estimate) <= 2 * predicted
 
 
 def test_prediction_of_the_published_procedure_and_table():

@@ -62,6 +62,8 @@ def test_files_are_read_with_plain_exponents(tmp_path, suffix):
         ({"task": "classification", "batching": "packed"}, "batching is 'packed'"),
         ({"dropout": 1.0}, "dropout is 1.0; expected 0 ≤ dropout < 1"),
         ({"init_share": 0}, "init_share is 0"),
+        ({"init_strategy": "fast"}, "init_strategy is 'fast'; expected one of auto, resident"),
+        ({"init_memory_budget": 0}, "init_memory_budget is 0; expected a positive number"),
         ({"target_modules": 3}, "target_modules is 3; expected str or tuple"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"learning_rte": 1}, "unknown learning_rte; expected some of accumulation"),

@@ -39,6 +39,15 @@ def test_lora_sb_starts_below_lora_xs(llama, tmp_path):
     assert first_loss("lora-sb") < 0.9 * first_loss("lora-xs")
 
 
+def test_estimation_takes_the_strategy_and_the_memory_budget(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorasb_kernels.init.estimate.resident", lambda *_: pytest.fail("ran"))
+    config = tiny_config(llama, tmp_path / "a", max_steps=1, init_strategy="layerwise")
+    finetune(config, sums(16))
+    config = tiny_config(llama, tmp_path / "b", max_steps=1, init_memory_budget=1)
+    with pytest.raises(ValueError, match="memory_budget is 1; expected at least"):
+        finetune(config, sums(16))
+
+
 def test_lora_sb_trains_r_squared_numbers_a_layer(llama, tmp_path):
     config = tiny_config(llama, tmp_path, max_steps=2, save_steps=1)
     _, _, result = finetune(config, sums(16))
