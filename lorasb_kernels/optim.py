@@ -41,7 +41,7 @@ def split_parameters(model: nn.Module) -> tuple[list[Pair], list[nn.Parameter]]:
 
 
 class PreconditionedAdamW(torch.optim.Optimizer):
-    """AdamW over (A, B) pairs with the preconditioners above, and plain AdamW over the rest.
+    """AdamW over (A, B) pairs, each factor preconditioned by its partner; plain over the rest.
 
     A pair whose Gram matrix G cannot be factored in fp32 (A or B nearly rank deficient, beside a
     small λ) is damped by 2(r + √k)·ε·tr(G) more, k the length of the Gram products and ε fp32's
