@@ -122,8 +122,9 @@ def lorasb_group(
     seed = new_seed(x.device) if dropout_p > 0 else None
     if stacked_A is None or any(lora_A.requires_grad for lora_A in lora_As):
         stacked_A = lora_As[0] if len(lora_As) == 1 else torch.cat(tuple(lora_As))
-    core_dtype = torch.promote_types(x.dtype, torch.float32)
-    identity = {"dtype": core_dtype, "device": x.device}
+    # An absent core is the identity: applied in registers it adds r/n to the work of a kernel that
+    # waits for memory, and every backend's kernels serve LoRA as they are.
+    identity = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
     cores = [
         torch.eye(lora_A.shape[0], **identity) if lora_R is None else lora_R
         for lora_A, lora_R in zip(lora_As, lora_Rs, strict=True)
