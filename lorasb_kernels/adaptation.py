@@ -10,7 +10,7 @@ from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS, SIGN_INITS, LoRASB
 from lorasb_kernels.init.methods import initialize
 from lorasb_kernels.nn import LoRALinear, LoRASBLinear
 from lorasb_kernels.quantization import quantization_of
-from lorasb_kernels.quantized import QuantizedLoRASBLinear
+from lorasb_kernels.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
 from lorasb_kernels.shared_input import share_inputs
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -89,14 +89,10 @@ def adapt(
 
 def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
     """The adapted layer over `linear` that `config` describes, factors still 0."""
-    kind = LoRALinear if config.init in LORA_INITS else LoRASBLinear
+    kinds = (LoRASBLinear, LoRALinear)
     if quantization_of(linear) is not None:
-        if kind is LoRALinear:
-            raise ValueError(
-                f"init is {config.init!r} and a layer is quantized ({quantization_of(linear)}); "
-                "expected plain weights, or an init that trains R alone"
-            )
-        kind = QuantizedLoRASBLinear
+        kinds = (QuantizedLoRASBLinear, QuantizedLoRALinear)
+    kind = kinds[config.init in LORA_INITS]
     return kind.from_linear(
         linear,
         config.r,

@@ -1,13 +1,13 @@
 """The operations as functions."""
 
-from lorasb_kernels.ops.lorasb_linear import lorasb_around, lorasb_group, lorasb_linear
+from lorasb_kernels.ops.lorasb_linear import FrozenLayer, lorasb_group, lorasb_linear
 from lorasb_kernels.ops.pack_signs import pack_signs
 from lorasb_kernels.ops.sign_accumulate import sign_accumulate_
 from lorasb_kernels.ops.sign_gradient import sign_gradient
 from lorasb_kernels.ops.sign_matmul import sign_matmul
 
 __all__ = [
-    "lorasb_around",
+    "FrozenLayer",
     "lorasb_group",
     "lorasb_linear",
     "pack_signs",

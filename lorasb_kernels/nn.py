@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorasb_kernels.functional import lorasb_linear
-from lorasb_kernels.quantization import weight_dtype
+from lorasb_kernels.functional import FrozenLayer, lorasb_linear
+from lorasb_kernels.quantization import quantization_of, weight_dtype
 
 
 class _OptimalGradient(torch.autograd.Function):
@@ -133,6 +133,9 @@ class LoRASBLinear(nn.Linear):
             reset: draw the factors with `reset_adapter`; otherwise they are 0 until
                 `set_adapter` gives them.
             options: keyword arguments of the constructor, from `scaling` to `init`.
+
+        Raises:
+            TypeError: a quantized layer; see `lorasb_kernels.quantized`.
         """
         layer = cls(
             linear.in_features,
@@ -154,6 +157,11 @@ class LoRASBLinear(nn.Linear):
 
     def _hold(self, linear: nn.Linear) -> None:
         """Takes the frozen weight and bias of `linear` for its own."""
+        if (kind := quantization_of(linear)) is not None:
+            raise TypeError(
+                f"linear is quantized ({kind}); expected a plain nn.Linear, or from_linear() of "
+                f"lorasb_kernels.quantized.Quantized{type(self).__name__}"
+            )
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -232,6 +240,10 @@ class LoRASBLinear(nn.Linear):
             return self.lora_R
         return _OptimalGradient.apply(self.lora_R, self.gradient_left, self.gradient_right)
 
+    def frozen_weight(self) -> torch.Tensor | FrozenLayer:
+        """What the operation takes for W."""
+        return self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [..., n] to [..., m]."""
         if self.merged:
@@ -242,7 +254,7 @@ class LoRASBLinear(nn.Linear):
                 return output
         return lorasb_linear(
             x,
-            self.weight,
+            self.frozen_weight(),
             self.lora_A,
             self.core(),
             self.lora_B,

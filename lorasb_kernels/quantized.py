@@ -1,42 +1,25 @@
-"""`QuantizedLoRASBLinear`: an adapter around a layer whose weight is quantized (QLoRA style)."""
+"""Adapters around layers whose weight is quantized (QLoRA style)."""
 
 import torch
 from torch import nn
 
-from lorasb_kernels.functional import lorasb_around
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.functional import FrozenLayer
+from lorasb_kernels.nn import LoRALinear, LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, prevent_repacking, quantization_of
 
 
-class QuantizedLoRASBLinear(LoRASBLinear):
-    """`y = base_layer(x) + s·x Aᵀ Rᵀ Bᵀ` with a quantized `base_layer`; R is trained.
-
-    Made by `from_linear`, out of a bitsandbytes or torchao layer, which computes the frozen
-    product with its own kernel. Everything else is as in `LoRASBLinear`, except that `weight`
-    and `bias` are None until `merge(dequantize=dtype)`.
-    """
+class _Quantized:
+    """What an adapted layer does otherwise when its frozen layer is a quantized `base_layer`."""
 
     def _hold(self, linear: nn.Linear) -> None:
         self.weight = self.bias = None
         self.base_layer = linear
         prevent_repacking(linear)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [..., n] to [..., m]."""
-        if self.merged:
-            return super().forward(x)
-        return lorasb_around(
-            x,
-            self.base_layer,
-            self.dense_weight,
-            self.lora_A,
-            self.core(),
-            self.lora_B,
-            self.scaling,
-            self.dropout_p,
-            self.training,
-            self.backend,
-        )
+    def frozen_weight(self) -> FrozenLayer:
+        """The layer and its dequantized weight, as the operation takes them for W."""
+        shape = (self.out_features, self.in_features)
+        return FrozenLayer(shape, self.base_layer, self.dense_weight)
 
     def dense_weight(self) -> torch.Tensor:
         """W [m, n], dequantized."""
@@ -69,7 +52,7 @@ class QuantizedLoRASBLinear(LoRASBLinear):
                 "dtype of a plain weight to merge into, or the adapter merged into the model it "
                 "was quantized from"
             )
-        weight = self.dense_weight().to(self.lora_R.dtype)
+        weight = self.dense_weight().to(self.master_dtype)
         merged = (weight + self.get_delta_weight()).to(dequantize)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError("the merged weight is not finite; the adapter seems to be broken")
@@ -85,4 +68,20 @@ class QuantizedLoRASBLinear(LoRASBLinear):
         self.merged = False
 
 
-__all__ = ["QuantizedLoRASBLinear"]
+class QuantizedLoRASBLinear(_Quantized, LoRASBLinear):
+    """`y = base_layer(x) + s·x Aᵀ Rᵀ Bᵀ` with a quantized `base_layer`; R is trained.
+
+    Made by `from_linear`, out of a bitsandbytes or torchao layer, which computes the frozen
+    product with its own kernel. Everything else is as in `LoRASBLinear`, except that `weight`
+    and `bias` are None until `merge(dequantize=dtype)`.
+    """
+
+
+class QuantizedLoRALinear(_Quantized, LoRALinear):
+    """`y = base_layer(x) + s·x Aᵀ Bᵀ` with a quantized `base_layer`; A and B are trained.
+
+    To `LoRALinear` what `QuantizedLoRASBLinear` is to `LoRASBLinear`.
+    """
+
+
+__all__ = ["QuantizedLoRALinear", "QuantizedLoRASBLinear"]

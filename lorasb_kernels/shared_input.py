@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import lorasb_group
-from lorasb_kernels.nn import LoRALinear, LoRASBLinear
+from lorasb_kernels.nn import LoRASBLinear
 
 # Children of one module that read the same tensor, in the supported architectures.
 SIBLINGS = (
@@ -78,7 +78,7 @@ class SharedInput:
         leader = self.layers[0]
         return lorasb_group(
             x,
-            [layer.weight for layer in self.layers],
+            [layer.frozen_weight() for layer in self.layers],
             [layer.lora_A for layer in self.layers],
             [layer.core() for layer in self.layers],
             [layer.lora_B for layer in self.layers],
@@ -115,7 +115,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
     """Groups the adapted layers of `model` that read the same input.
 
     Layers are grouped when they are siblings with the names of a supported architecture,
-    all adapted, none of them quantized, outside cross-attention. Everything else stays as it is.
+    all adapted in one way, outside cross-attention. Everything else stays as it is.
 
     Returns:
         The groups that were made.
@@ -126,7 +126,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
             continue
         for siblings in SIBLINGS:
             layers = [getattr(parent, child, None) for child in siblings]
-            if {type(layer) for layer in layers} in ({LoRASBLinear}, {LoRALinear}):
+            if len(set(map(type, layers))) == 1 and isinstance(layers[0], LoRASBLinear):
                 group = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = group

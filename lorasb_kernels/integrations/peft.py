@@ -21,7 +21,7 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 
 from lorasb_kernels.config import INITS, LoRASBConfig
-from lorasb_kernels.functional import lorasb_around, lorasb_linear
+from lorasb_kernels.functional import FrozenLayer, lorasb_linear
 from lorasb_kernels.init.methods import initialize, layer_generator, lora_xs, orthogonal
 from lorasb_kernels.quantization import (
     check_quantized,
@@ -143,7 +143,9 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
         base, adapter = self.base_layer, (lora_A, lora_R, lora_B)
         if quantization_of(base) is None:
             return lorasb_linear(x, base.weight, *adapter, base.bias, *options)
-        return lorasb_around(x, base, partial(dense_weight, base), *adapter, *options)
+        shape = (self.out_features, self.in_features)
+        weight = FrozenLayer(shape, base, partial(dense_weight, base))
+        return lorasb_linear(x, weight, *adapter, None, *options)
 
     def _combined(self, names: list[str]):
         """A, R, B and s of the sum of adapters: `[B₁ B₂] · diag(s₁R₁, s₂R₂) · [A₁; A₂]`."""

@@ -23,10 +23,11 @@ from lorasb_kernels import (
     merge_checkpoint,
     save_adapter,
 )
+from lorasb_kernels.functional import lorasb_linear
 from lorasb_kernels.init import estimate_gradients
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn import LoRALinear, LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, quantization_of
-from lorasb_kernels.quantized import QuantizedLoRASBLinear
+from lorasb_kernels.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
 from lorasb_kernels.targets import adapted_layers, find_targets
 from tests.ecosystem.quantizers import QUANTIZERS, quantize_model
 from tests.models import batches, build
@@ -270,6 +271,11 @@ def test_layers_that_cannot_be_a_base_are_refused_by_name():
         repacked.weight.data, repacked.weight.quant_state
     )
     refused(repacked, "proj was repacked by bitsandbytes for inference on the CPU")
+    for kind, name in ((LoRASBLinear, "LoRASBLinear"), (LoRALinear, "LoRALinear")):
+        with pytest.raises(
+            TypeError, match=rf"bitsandbytes int8\); .*\.quantized\.Quantized{name}"
+        ):
+            kind.from_linear(QUANTIZERS["bitsandbytes int8"](linear()), 8)
 
 
 def test_neither_evaluation_nor_estimation_repacks_the_weight():
@@ -296,13 +302,45 @@ def test_autocast_and_copies(kind):
     assert torch.equal(copied(x), expected)
 
 
-def test_trained_factors_are_refused():
-    with pytest.raises(ValueError, match=r"init is 'lora' and a layer is quantized"):
-        adapt(quantized("bitsandbytes nf4"), LoRASBConfig(r=4, init="lora"), progress=False)
+@KINDS
+def test_lora_trains_over_it(kind):
+    """A and B trained, gradients and updates in fp32."""
+    base = linear(torch.bfloat16)
+    layer = QuantizedLoRALinear.from_linear(QUANTIZERS[kind](base), 8, scaling=0.5)
+    plain = copy.deepcopy(base)
+    plain.weight.data = dense_weight(layer).to(torch.bfloat16)
+    twin = LoRALinear.from_linear(plain, 8, scaling=0.5)
+    lora_B = torch.randn(96, 8)
+    for adapter in (layer, twin):
+        adapter.set_adapter(layer.lora_A.detach().clone(), None, lora_B)
+    x, dy = torch.randn(5, 64).bfloat16(), torch.randn(5, 96).bfloat16()
+    results = []
+    for adapter in (layer, twin):
+        leaf = x.clone().requires_grad_()
+        adapter(leaf).backward(dy)
+        results.append((leaf.grad, adapter.lora_A.grad, adapter.lora_B.grad))
+    for own, expected in zip(*results, strict=True):
+        assert own.dtype == expected.dtype
+        torch.testing.assert_close(own, expected)
+
+
+def test_a_lora_model_is_saved_and_merged(tmp_path):
+    config = LoRASBConfig(r=4, init="lora-one", lora_alpha=8)
+    model = quantized("bitsandbytes nf4")
+    adapt(model, config, batches("llama"), progress=False)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(quantized("bitsandbytes nf4"), tmp_path)), logits(model))
+    before = logits(model)
+    torch.testing.assert_close(logits(merge_and_unload(model, dequantize=torch.float32)), before)
+
+
+def test_a_bias_beside_a_frozen_layer_is_refused():
     layer, _ = layers("bitsandbytes nf4")
-    layer.lora_B.requires_grad_(True)
-    with pytest.raises(ValueError, match="lora_B requires grad; expected it frozen"):
-        layer(torch.randn(3, 64))
+    operands = (layer.frozen_weight(), layer.lora_A, layer.lora_R, layer.lora_B)
+    with pytest.raises(ValueError, match="bias is given with a FrozenLayer; expected None"):
+        lorasb_linear(torch.randn(3, 64), *operands, torch.zeros(96))
+    with pytest.raises(ValueError, match=r"x has shape \(3, 63\); expected a last dimension of 64"):
+        lorasb_linear(torch.randn(3, 63), *operands)
 
 
 def test_the_plan_of_a_quantized_layer_is_explained():
@@ -310,7 +348,12 @@ def test_the_plan_of_a_quantized_layer_is_explained():
     assert str(explain(layer, arch="sm_86")) == str(explain((96, 64, 8), arch="sm_86"))
 
 
-def test_siblings_compute_for_themselves():
-    model = adapted("bitsandbytes nf4", LoRASBConfig(r=4, init="orthogonal", share_inputs=True))
-    assert all(layer.shared_input is None for layer in adapted_layers(model).values())
-    assert torch.isfinite(logits(model)).all()
+def test_siblings_are_computed_together():
+    config = LoRASBConfig(r=4, init="orthogonal", scaling=0.5, share_inputs=True)
+    model, apart = adapted("bitsandbytes nf4", config), adapted("bitsandbytes nf4")
+    assert sum(layer.shared_input is not None for layer in adapted_layers(model).values()) == 10
+    for shared in (model, apart):
+        shared(**batches("llama")[0]).loss.backward()
+    pairs = zip(adapted_layers(model).values(), adapted_layers(apart).values(), strict=True)
+    for own, expected in pairs:
+        torch.testing.assert_close(own.lora_R.grad, expected.lora_R.grad)

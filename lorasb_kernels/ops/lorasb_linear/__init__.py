@@ -1,4 +1,4 @@
 from lorasb_kernels.ops.lorasb_linear.api import lorasb_group, lorasb_linear
-from lorasb_kernels.ops.lorasb_linear.around import lorasb_around
+from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
 
-__all__ = ["lorasb_around", "lorasb_group", "lorasb_linear"]
+__all__ = ["FrozenLayer", "lorasb_group", "lorasb_linear"]

@@ -8,11 +8,12 @@ from lorasb_kernels.ops.backend import resolve_backend
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
 from lorasb_kernels.ops.lorasb_linear.checks import check_arguments, check_backend
+from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
 
 
 def lorasb_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | FrozenLayer,
     lora_A: torch.Tensor,
     lora_R: torch.Tensor | None,
     lora_B: torch.Tensor,
@@ -34,7 +35,8 @@ def lorasb_linear(
 
     Args:
         x: [..., n], fp16, bf16 or fp32 (fp64 with the reference backend).
-        weight: [m, n], frozen, dtype of `x`.
+        weight: [m, n], frozen, dtype of `x`; or a `FrozenLayer`, which multiplies by itself, adds
+            its own bias and takes A and B of any dtype.
         lora_A: [r, n], dtype of `x`, or fp32 (a trained master), then used in the dtype of `x`.
         lora_R: [r, r], fp32 (fp64 with fp64 operands); None for the identity.
         lora_B: [m, r], as `lora_A`.
@@ -73,7 +75,7 @@ def lorasb_linear(
 
 def lorasb_group(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | FrozenLayer],
     lora_As: Sequence[torch.Tensor],
     lora_Rs: Sequence[torch.Tensor | None],
     lora_Bs: Sequence[torch.Tensor],
@@ -108,7 +110,7 @@ def lorasb_group(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
-        weights = [weight.to(dtype) for weight in weights]
+        weights = [w if isinstance(w, FrozenLayer) else w.to(dtype) for w in weights]
         lora_As, lora_Bs = ([_under_autocast(f, dtype) for f in fs] for fs in (lora_As, lora_Bs))
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
         stacked_A = None if stacked_A is None else _under_autocast(stacked_A, dtype)

@@ -27,13 +27,15 @@ import torch
 from lorasb_kernels.ops.core_backward import core_backward
 from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.factor_gradient import factor_gradient
+from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer, adapted_product, dense
 from lorasb_kernels.ops.shrink import shrink
 
 
 class LoRASBFunction(torch.autograd.Function):
     """`apply(x, stacked_A, scaling, dropout_p, seed, backend, *Rs, *Ws, *Bs, *biases)`.
 
-    x is [M, n] with a contiguous last dimension. Returns a tuple of G outputs [M, mᵢ].
+    x is [M, n] with a contiguous last dimension; a W may be a `FrozenLayer`. Returns a tuple of G
+    outputs [M, mᵢ].
     """
 
     @staticmethod
@@ -43,7 +45,7 @@ class LoRASBFunction(torch.autograd.Function):
         core = cores[0] if count == 1 else torch.block_diag(*cores)
         h, p = shrink(x, stacked_A.to(x.dtype), core, scaling, dropout_p, seed, backend)
         ys = tuple(
-            expand(x, weight, p_i, lora_B.to(x.dtype), bias, 0.0, None, backend)
+            adapted_product(x, weight, p_i, lora_B.to(x.dtype), bias, backend)
             for weight, p_i, lora_B, bias in zip(
                 weights, p.split(cores[0].shape[0], dim=1), lora_Bs, biases, strict=True
             )
@@ -56,9 +58,10 @@ class LoRASBFunction(torch.autograd.Function):
             stacked_A,
             seed,
             *cores,
-            *weights,
+            *(None if isinstance(weight, FrozenLayer) else weight for weight in weights),
             *lora_Bs,
         )
+        ctx.frozen = [w if isinstance(w, FrozenLayer) else None for w in weights]
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.count = scaling, dropout_p, backend, count
         return ys
 
@@ -67,6 +70,7 @@ class LoRASBFunction(torch.autograd.Function):
     def backward(ctx, *dys):
         x, h, p, stacked_A, seed, *operands = ctx.saved_tensors
         cores, weights, lora_Bs = _runs(operands, ctx.count, 3)
+        weights = [layer or weight for layer, weight in zip(ctx.frozen, weights, strict=True)]
         trained = _trained(ctx.needs_input_grad, ctx.count)
         dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
         r = cores[0].shape[0]
@@ -92,9 +96,10 @@ class LoRASBFunction(torch.autograd.Function):
             dA = factor_gradient(q, x, ctx.dropout_p, seed, ctx.backend)
         if trained.x:
             factor = stacked_A.to(q.dtype).T
-            dx = expand(dys[0], weights[0].T, q, factor, None, ctx.dropout_p, seed, ctx.backend)
+            weight = dense(weights[0], q.dtype)
+            dx = expand(dys[0], weight.T, q, factor, None, ctx.dropout_p, seed, ctx.backend)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
+                dx.addmm_(dy, dense(weight, dy.dtype))
         nothing = [None] * ctx.count
         return (dx, dA, None, None, None, None, *dRs, *nothing, *dBs, *nothing)
 

@@ -4,7 +4,10 @@ import math
 
 import torch
 
+from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
+
 MAX_RANK = 512
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout_p) -> None:
@@ -35,6 +38,11 @@ def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, drop
 
 
 def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
+    frozen = isinstance(weight, FrozenLayer)
+    if frozen:
+        if bias is not None:
+            raise ValueError("bias is given with a FrozenLayer; expected None, as it adds its own")
+        weight = x.new_empty(()).expand(weight.shape)  # for the checks; no elements
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     tensors |= {} if lora_R is None else {"lora_R": lora_R}
     tensors |= {} if bias is None else {"bias": bias}
@@ -42,7 +50,7 @@ def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
     _check_shapes(tensors)
-    _check_dtypes(tensors)
+    _check_dtypes(tensors, any_factor=frozen)
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
@@ -79,12 +87,15 @@ def _check_shapes(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")
 
 
-def _check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
+def _check_dtypes(tensors: dict[str, torch.Tensor], any_factor: bool) -> None:
+    """`any_factor`: A and B may have any dtype, as a frozen layer accepts several of x."""
     dtype = tensors["x"].dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if dtype not in FLOAT_DTYPES:
         raise TypeError(f"x has dtype {dtype}; expected float16, bfloat16, float32 or float64")
     master = torch.promote_types(dtype, torch.float32)
     accepted = {"lora_R": (master,), "lora_A": (dtype, master), "lora_B": (dtype, master)}
+    if any_factor:
+        accepted |= dict.fromkeys(("lora_A", "lora_B"), FLOAT_DTYPES)
     for name, tensor in tensors.items():
         expected = dict.fromkeys(accepted.get(name, (dtype,)))
         if tensor.dtype not in expected:

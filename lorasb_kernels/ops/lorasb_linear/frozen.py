@@ -1,0 +1,47 @@
+"""The frozen product: by W itself, or by a layer that multiplies with its own kernel.
+
+    plain W          y = expand(x, W, p, B, bias)
+    frozen layer     y = multiply(x), then y += p Bᵀ in place
+
+A quantized W is no operand of ours: its library multiplies by it, and hands it out dequantized
+for `dx = dy W`. bitsandbytes and torchao dequantize it in their own backward, too, so dx costs
+the same; and they may keep x for it, which is not done here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorasb_kernels.ops.expand import expand
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """A frozen linear layer, given in the place of a weight [m, n] by what it computes.
+
+    Args:
+        shape: (m, n).
+        multiply: maps [M, n] to [M, m], bias included; called without gradients. Its output
+            is written to.
+        dense: returns W [m, n] as a plain tensor, in each backward pass that needs dx.
+    """
+
+    shape: tuple[int, int]
+    multiply: Callable[[torch.Tensor], torch.Tensor]
+    dense: Callable[[], torch.Tensor]
+
+
+def adapted_product(x, weight, p, lora_B, bias, backend: str) -> torch.Tensor:
+    """`x Wᵀ + p Bᵀ + bias`, [M, m] in the dtype of `x`, for a plain W or a `FrozenLayer`."""
+    if isinstance(weight, FrozenLayer):
+        return weight.multiply(x).to(x.dtype).addmm_(p, lora_B.T)
+    return expand(x, weight, p, lora_B, bias, 0.0, None, backend)
+
+
+def dense(weight: torch.Tensor | FrozenLayer, dtype: torch.dtype) -> torch.Tensor:
+    """W as a plain tensor; what a `FrozenLayer` hands out is cast to `dtype`."""
+    return weight.dense().to(dtype) if isinstance(weight, FrozenLayer) else weight
+
+
+__all__ = ["FrozenLayer", "adapted_product", "dense"]
