@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bench.contenders_init import CONTENDERS, Factors
+from lorasb_kernels.init import truncated_svd
 from lorasb_kernels.profiling.memory_peak import peak_since_reset, reset_peak
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train.batching import Collator
@@ -76,6 +77,7 @@ def measure(
     boundaries = tokens * model.config.hidden_size * weights[0].element_size() * blocks
     with torch.no_grad():  # code and buffers of the math libraries are nobody's cost
         model(**{key: value[:1] for key, value in batches[-1].items()})
+        truncated_svd(torch.randn(model.config.hidden_size, model.config.hidden_size), r)
     held = reset_peak()
     seconds, factors = [], {}
     for run in range(runs):

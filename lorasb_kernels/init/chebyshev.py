@@ -1,6 +1,6 @@
 """The dominant eigenspace of A Aᵀ: a block Krylov space, then Chebyshev-filtered iteration.
 
-The start is the best block in a Krylov space span(X, A Aᵀ X, (A Aᵀ)² X) of a random X
+The start is the best block in a Krylov space span(X, A Aᵀ X, (A Aᵀ)² X) of a random X, or X alone
 (Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate singular
 value decomposition", NeurIPS 2015). The signs of gradients, whose spectra fall fast at first,
 are done with it.

@@ -57,9 +57,9 @@ def layerwise(
             order = _common_order(tapes)
         pending = list(names)
         for position in reversed(range(len(order))):
+            release_free_memory(estimation.device)
             with estimation.step(names):
                 _replay([tape.pop() for tape in tapes], bar)
-            release_free_memory(estimation.device)
             if order[position] in order[:position]:
                 continue
             for name in layers_of[order[position]]:
