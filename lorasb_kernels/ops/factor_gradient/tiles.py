@@ -6,7 +6,7 @@ The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers a threa
 as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at rank 64
 in 16 bits, 40 KB at 256, and two of them fit sm_86's 99 KB. It is 64 rows as far as rank 256, so
 that every thread copies 16 bytes of each tile of `left`. The same tiles serve every
-architecture: the kernel waits for memory below a rank of about 100, and the bytes that two
+architecture (sm_90 takes a stage more past rank 128): the kernel waits for memory below a rank of about 100, and the bytes that two
 blocks a multiprocessor keep in flight cover the latency. A dropout mask costs about 60 registers
 of 64-bit arithmetic: half the columns there.
 """
@@ -38,6 +38,8 @@ _HALF = {
     256: (FactorTile(8, 3, 64, 64), FactorTile(8, 3, 64, 32)),
     512: (FactorTile(8, 2, 32, 32), FactorTile(8, 2, 32, 32)),
 }
+# With three stages rank 160 spills on sm_90; its shared memory has room for a fourth.
+_HOPPER_HALF = {**_HALF, 256: (FactorTile(8, 4, 64, 64), _HALF[256][1])}
 _SINGLE = {
     64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
     128: (FactorTile(8, 3, 32, 32), FactorTile(8, 3, 32, 32)),
@@ -50,7 +52,8 @@ def factor_tile(arch: str, dtype: torch.dtype, r: int, dropout: bool) -> FactorT
     if arch == INTERPRETER:
         return _INTERPRETER
     width, tiles = rank_tiles(r)
-    for largest, pair in (_SINGLE if dtype.itemsize == 4 else _HALF).items():
+    half = _HOPPER_HALF if arch == "sm_90" else _HALF
+    for largest, pair in (_SINGLE if dtype.itemsize == 4 else half).items():
         if width * tiles <= largest:
             return pair[dropout]
     raise ValueError(f"r is {r}; expected at most {largest}")
