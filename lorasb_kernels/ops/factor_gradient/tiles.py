@@ -6,9 +6,9 @@ The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers a threa
 as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at rank 64
 in 16 bits, 40 KB at 256, and two of them fit sm_86's 99 KB. It is 64 rows as far as rank 256, so
 that every thread copies 16 bytes of each tile of `left`. The same tiles serve every
-architecture (sm_90 takes a stage more past rank 128): the kernel waits for memory below a rank of about 100, and the bytes that two
-blocks a multiprocessor keep in flight cover the latency. A dropout mask costs about 60 registers
-of 64-bit arithmetic: half the columns there.
+architecture, but for a stage more on sm_90 past rank 128: the kernel waits for memory below a
+rank of about 100, and the bytes that two blocks a multiprocessor keep in flight cover the
+latency. A dropout mask costs about 60 registers of 64-bit arithmetic: half the columns there.
 """
 
 import dataclasses
