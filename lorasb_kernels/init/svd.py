@@ -58,8 +58,8 @@ class SVDReport:
     """How a truncated SVD came about and how far it can be trusted.
 
     Args:
-        method: `"chebyshev"`, or `"eigh"` for a whole eigendecomposition.
-        iterations: filter cycles; 0 for `"eigh"`.
+        method: `"chebyshev"` for `dominant_subspace`, or `"eigh"` for a whole eigendecomposition.
+        iterations: filter cycles; 0 where the Krylov space was enough, and for `"eigh"`.
         converged: whether `gap` reached `tol`.
         captured_energy: Σσ² / ‖A‖²_F, in [0, 1]; 1 for a zero matrix.
         gap: estimated relative shortfall of Σσ² from that of the best rank-r approximation.
