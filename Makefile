@@ -2,6 +2,7 @@
 #
 #   make test           the tests (about ten minutes on two cores)
 #   make test-full      the slow ones too, and those with TRL and Liger-Kernel
+#   make numerics       docs/numerics.md: how near each operation comes to what it may err
 #   make demo           fine-tune a real model on real data with LoRA-SB
 #   make demo-compare   the methods side by side on the demo's data
 #   make lint           ruff, format check
@@ -20,7 +21,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: test test-full demo demo-compare lint ext gpu docs wheel clean
+.PHONY: test test-full numerics demo demo-compare lint ext gpu docs wheel clean
 
 $(VENV)/base.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,9 @@ $(VENV)/full.stamp: $(VENV)/test.stamp
 
 test-full: $(VENV)/full.stamp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
+
+numerics: $(VENV)/test.stamp
+	$(PY) -m tests.trust.report
 
 demo: $(VENV)/demo.stamp
 	$(PY) -m lorasb_kernels.train.cli demo

@@ -58,9 +58,9 @@ class SharedInput:
             pending is not None
             and pending.input is x
             and pending.state == _state(x)
-            and key in pending.outputs
+            # Another thread may have taken it since; then this layer computes for itself.
+            and (output := pending.outputs.pop(key, None)) is not None
         ):
-            output = pending.outputs.pop(key)
             if not pending.outputs:
                 self._pending = None
             return output
