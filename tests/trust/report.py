@@ -85,7 +85,7 @@ def runs() -> Iterator[Run]:
     yield Run("reference", "reference", DTYPES, 1)
     yield Run("triton, interpreted", "triton", DTYPES[:2], 0.4)
     if ptxcheck_folder() is not None:
-        yield Run("triton, emulated", "triton", ("float32", "bfloat16"), 0.03, ("--emulated",))
+        yield Run("triton, emulated", "triton", ("float32", "bfloat16"), 0.1, ("--emulated",))
 
 
 def worst(run: Run, dtype: str, cases: int) -> Iterator[dict]:
