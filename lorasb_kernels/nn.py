@@ -230,8 +230,11 @@ class LoRASBLinear(nn.Linear):
         deviation = max((gram_A - identity).abs().max(), (gram_B - identity).abs().max())
         if self.scaling == 1.0 and deviation <= rounding:
             return
-        inverse_A = torch.linalg.inv(gram_A.double()) / self.scaling
-        inverse_B = torch.linalg.inv(gram_B.double()) / self.scaling
+        # Of full-rank factors the inverse; else the shortest of the optimal gradients.
+        inverse_A, inverse_B = (
+            torch.linalg.pinv(gram.double(), hermitian=True) / self.scaling
+            for gram in (gram_A, gram_B)
+        )
         self.gradient_left, self.gradient_right = inverse_B.to(dtype), inverse_A.to(dtype)
 
     def core(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from lorasb_kernels import LoRASBConfig, adapt
 from lorasb_kernels.init.methods import kaiming_svd, lora_one, lora_sb, scaled_b
 from lorasb_kernels.init.sign_matrix import SignMatrix
+from lorasb_kernels.nn import LoRASBLinear
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 
@@ -82,6 +83,20 @@ def test_scaled_b_is_the_same_adapter_with_sigma_in_b(scaling):
     torch.testing.assert_close(scaled.lora_R, torch.eye(R) / scaling)
     S = torch.linalg.svdvals(-1e-2 * gradient().sign().double())[:R].float()
     torch.testing.assert_close(scaled.lora_B.norm(dim=0), S, rtol=1e-3, atol=1e-6)
+
+
+def test_scaled_b_of_a_gradient_of_low_rank_still_has_an_optimal_gradient():
+    """B = U S has columns that are 0 then; the core's gradient is 0 there, and finite."""
+    signs = SignMatrix.from_dense(torch.ones(12, 10))  # rank 1
+    (plain,) = lora_sb([signs], 3, 1e-2, 1.0, generator())
+    adapter = scaled_b(plain, 1.0)
+    layer = LoRASBLinear(10, 12, 3, optimal_gradient=True)
+    layer.set_adapter(adapter.lora_A, adapter.lora_R, adapter.lora_B)
+    layer(torch.randn(5, 10)).sum().backward()
+    gradient = layer.lora_R.grad
+    assert gradient.isfinite().all()
+    assert gradient[0].any()
+    assert not gradient[1:].any()
 
 
 def test_kaiming_svd_decomposes_a_kaiming_uniform_matrix():
