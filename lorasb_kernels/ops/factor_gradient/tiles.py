@@ -44,6 +44,9 @@ _HOPPER_HALF = {**_HALF, 256: (FactorTile(8, 4, 64, 64), _HALF[256][1])}
 _SINGLE = {
     64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
     128: (FactorTile(8, 3, 32, 32), FactorTile(8, 3, 32, 32)),
+    320: (FactorTile(4, 2, 16, 16), FactorTile(4, 2, 16, 16)),
+    # Here two stages spill a few bytes, and three at 512.
+    448: (FactorTile(4, 3, 16, 16), FactorTile(4, 3, 16, 16)),
     512: (FactorTile(4, 2, 16, 16), FactorTile(4, 2, 16, 16)),
 }
 
