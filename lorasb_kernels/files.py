@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -84,13 +85,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_tensors(
-    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
     """Writes tensors as safetensors, atomically; views and devices are taken care of.
 
     Raises:
         OSError: it cannot be written (a full disk); the message names the file.
     """
+    from safetensors.torch import save_file  # brings torch, which `lorasb --help` does without
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:

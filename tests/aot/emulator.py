@@ -73,12 +73,12 @@ def _type_of(value):
 def _runtime_parts(value) -> list:
     """What a launch passes for an argument: nothing for a constant.
 
-    Below sm_90 Triton turns a descriptor into pointers: base, shape, strides, how to pad.
+    Below sm_90 Triton turns a descriptor into base, shape, strides and how to load, then the
+    shape and the strides of the descriptor itself.
     """
     if isinstance(value, TensorDescriptor):
-        from triton.backends.driver import decompose_descriptor  # Triton 3.8 has it here
-
-        return decompose_descriptor(value)
+        place = [*value.shape, *value.strides]
+        return [value.base, *place, value.padding == "nan", value.round_f32_to_tf32, *place]
     if value is None or (not isinstance(value, torch.Tensor) and value == 1):
         return []
     return [value]

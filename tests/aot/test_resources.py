@@ -86,7 +86,8 @@ def test_one_of_each_kernel_elsewhere(arch):
     assert {report["kernel"] for report in found} == set(KERNELS)
     for report in found:
         assert_fits(report)
-        if arch == "sm_90" and report["kernel"] != "gradient":
+        # wgmma multiplies 64 rows at least; the tiles of these two have the rank for rows.
+        if arch == "sm_90" and report["kernel"] not in ("gradient", "factor_gradient"):
             assert report["tensor_core"] == "wgmma", report
 
 

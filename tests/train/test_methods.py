@@ -66,6 +66,7 @@ def test_a_checkpoint_holds_no_pickle_and_a_b_lie_in_the_adapter_once(llama, tmp
         "checkpoint-2",  # the last two are kept
         "checkpoint-3",
         "config.json",
+        "data.json",
         "result.json",
     ]
     suffixes = {path.suffix for path in (tmp_path / "checkpoint-3").iterdir()}

@@ -239,7 +239,9 @@ def try_sign_gradient(case: Case, backend: str) -> list[Verdict]:
     (terms,) = formulas.sign_accumulate(lambda t: t + limits.tiny, zero, *absolute)
     if (~exact.isfinite() & signs.isfinite()).any():
         return [Verdict(0, 0, "a sign where the sum is not finite")]
-    fits = exact.isfinite() & (terms < limits.max / 2)
+    single = zero.to(dy.device, FP32)
+    (eager,) = formulas.sign_accumulate(lambda t: t, single, *rows_of(dy, x, weight))
+    fits = exact.isfinite() & eager.isfinite().cpu() & (terms < limits.max / 2)
     if (fits & ~signs.isfinite()).any():
         return [Verdict(0, 0, "no sign where the sum is finite")]
     wrong = fits & (signs != exact.sign())

@@ -80,7 +80,14 @@ def test_the_curve_is_that_of_fp32(backend, dtype, device):
     assert losses[-1] < (0.5 if steps == 200 else 0.97) * losses[0]
     assert (losses - expected).abs().max() <= BAND[dtype] * expected[0]
     moved = (cores(exact) - start).norm()
-    assert (cores(model) - cores(exact)).norm() <= 4 * BAND[dtype] * moved
+    if backend == "reference":
+        assert (cores(model) - cores(exact)).norm() <= 4 * BAND[dtype] * moved
+        return
+    # By the contract: twice as far from fp32 as eager PyTorch in the same dtype gets.
+    eager, *_ = problem(dtype, device)
+    train(eager, x, y, "reference", steps)
+    own = (cores(eager) - cores(exact)).norm()
+    assert (cores(model) - cores(exact)).norm() <= 2 * (own + BAND[dtype] * moved)
 
 
 def test_theorems_on_the_way(device):
