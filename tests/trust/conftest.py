@@ -1,7 +1,8 @@
 """Two amounts of everything that is drawn: a little in `make test`, a lot where it is slow.
 
-Draws are the same at every run, so a red test stays red. `--hypothesis-seed=N` draws others,
-and hypothesis prints how to repeat a failure.
+Draws are the same at every run of the same tests, so a red test stays red; another selection
+may draw others, as hypothesis also tries constants of the modules that are loaded.
+`--hypothesis-seed=N` draws others, and hypothesis prints how to repeat a failure.
 """
 
 import pytest
