@@ -19,8 +19,8 @@ from tests.models import batches, build
 CONFIG = LoRASBConfig(r=4, init="orthogonal")
 
 
-def adapted(dtype=torch.float32):
-    return adapt(build("llama").to(dtype), CONFIG, progress=False)
+def adapted(dtype=torch.float32, config=CONFIG, samples=None):
+    return adapt(build("llama").to(dtype), config, samples, 1e-3, progress=False)
 
 
 def batch(share=None):
@@ -42,31 +42,35 @@ def steps(model, parameters, data):
         optimizer.zero_grad()
 
 
-def cores(model):
+def trained(model):
+    """The values of all that is trained, in one tensor."""
     whole = [
         p.full_tensor() if hasattr(p, "full_tensor") else p
-        for p in (layer.lora_R.detach() for layer in adapted_layers(model).values())
+        for p in (parameter.detach() for parameter in trainable(model))
     ]
-    return torch.cat([core.reshape(-1) for core in whole])
+    return torch.cat([values.reshape(-1) for values in whole])
+
+
+def sharded(model, mesh):
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def check_data_parallel(expected, rank):
     model = adapted()
     steps(DistributedDataParallel(model), trainable(model), batch(rank))
-    torch.testing.assert_close(cores(model), expected)
+    torch.testing.assert_close(trained(model), expected)
     packed_model = adapted()
     packed = PackedCores(packed_model)
     steps(DistributedDataParallel(packed_model), [packed.parameter], batch(rank))
-    torch.testing.assert_close(cores(packed_model), expected)
+    torch.testing.assert_close(trained(packed_model), expected)
 
 
 def check_fully_sharded(expected, rank, mesh, folder):
-    model = adapted()
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = sharded(adapted(), mesh)
     steps(model, trainable(model), batch(rank))
-    torch.testing.assert_close(cores(model), expected)
+    torch.testing.assert_close(trained(model), expected)
     save_adapter(model, folder / f"rank{rank}")
     saved = load_file(folder / f"rank{rank}" / "adapter.safetensors")
     names = [f"{name}.lora_R" for name in adapted_layers(model)]
@@ -74,21 +78,32 @@ def check_fully_sharded(expected, rank, mesh, folder):
     check_loaded(model, folder / f"rank{rank}", mesh)
 
 
-def check_loaded(sharded, adapter, mesh):
+def check_loaded(saved_model, adapter, mesh):
     """An adapter goes into a whole model, which is sharded afterwards."""
     with pytest.raises(ValueError, match=r"weight is sharded over ranks; expected load_adapter\("):
-        load_adapter(sharded, adapter)
-    model = load_adapter(build("llama"), adapter)
-    fully_shard(model, mesh=mesh)
-    assert torch.equal(cores(model), cores(sharded))
+        load_adapter(saved_model, adapter)
+    model = sharded(load_adapter(build("llama"), adapter), mesh)
+    assert torch.equal(trained(model), trained(saved_model))
+
+
+def check_other_methods(rank, mesh):
+    """LoRA-SB starts from the gradients of both ranks, LoRA trains A and B; wrapped either way
+    they end where one process does."""
+    for config in (LoRASBConfig(r=4), LoRASBConfig(r=4, init="lora")):
+        # Ranks that both have the whole batch sum it twice: the sign is that of one process.
+        single = adapted(config=config, samples=[batch()])
+        steps(single, trainable(single), batch())
+        parallel = adapted(config=config, samples=[batch(rank)])
+        steps(DistributedDataParallel(parallel), trainable(parallel), batch(rank))
+        torch.testing.assert_close(trained(parallel), trained(single))
+        split = sharded(adapted(config=config, samples=[batch(rank)]), mesh)
+        steps(split, trainable(split), batch(rank))
+        torch.testing.assert_close(trained(split), trained(single))
 
 
 def check_mixed_dtypes(rank, mesh):
     """A bf16 base with fp32 cores shards; casting the cores is refused by name."""
-    single, model = adapted(torch.bfloat16), adapted(torch.bfloat16)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    single, model = adapted(torch.bfloat16), sharded(adapted(torch.bfloat16), mesh)
     with torch.no_grad():
         expected = single(**batch(rank)).logits
     logits = model(**batch(rank)).logits
@@ -117,10 +132,11 @@ def main():
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     single = adapted()
     steps(single, trainable(single), batch())
-    expected = cores(single)
-    assert not torch.equal(expected, cores(adapted()))
+    expected = trained(single)
+    assert not torch.equal(expected, trained(adapted()))
     check_data_parallel(expected, rank)
     check_fully_sharded(expected, rank, mesh, folder)
+    check_other_methods(rank, mesh)
     check_mixed_dtypes(rank, mesh)
     check_tensor_parallel(mesh)
     dist.barrier()
