@@ -11,6 +11,7 @@ from lorasb_kernels.ops.backend import obstacle
 from lorasb_kernels.ops.registry import BACKENDS
 
 ON_GPU = torch.cuda.is_available()
+DTYPES = ["float32", "float16", "bfloat16"]
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def backend(request, device) -> str:
     return request.param
 
 
-@pytest.fixture(params=["float32", "float16", "bfloat16"])
+@pytest.fixture(params=DTYPES)
 def dtype(request, backend) -> torch.dtype:
     if request.param == "bfloat16" and backend == "triton" and not ON_GPU:
         pytest.skip("Triton's interpreter multiplies bf16 wrongly; the PTX tests cover it")

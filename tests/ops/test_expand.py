@@ -13,13 +13,18 @@ from tests.ops.operands import SHAPES, check, dropout_seed, far_memory, normal
 COLUMNS = {33: 5, 130: 70, 96: 64, 192: 100}
 
 
-@pytest.fixture(params=["fused", "two_call"])
-def route(request, backend, monkeypatch) -> str:
-    """Makes Triton's `expand` take the route, whatever it would choose."""
-    if backend != "triton":
-        if request.param != "fused":
-            pytest.skip(f"{backend} has one route")
-        return request.param
+pytestmark = pytest.mark.parametrize(
+    ("backend", "route"),
+    [("reference", None), ("triton", "fused"), ("triton", "two_call"), ("cuda", None)],
+    indirect=True,
+)
+
+
+@pytest.fixture
+def route(request, backend, monkeypatch) -> str | None:
+    """Makes Triton's `expand` take the route, whatever it would choose; the others have one."""
+    if request.param is None:
+        return None
     from lorasb_kernels.ops.expand import triton
 
     choose = triton.choose_route

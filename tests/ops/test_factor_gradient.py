@@ -9,6 +9,9 @@ from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.factor_gradient import factor_gradient
 from tests.ops.operands import SHAPES, check, dropout_seed, normal, same_bits
 
+# CUDA's kernel has none, and `lorasb_linear` refuses it there.
+WITH_DROPOUT = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
+
 
 def operands(M, k, r, dtype, device):
     return (
@@ -25,17 +28,15 @@ def test_values(M, k, r, backend, dtype, device):
     assert M > 0 or not out.any()
 
 
+@WITH_DROPOUT
 @pytest.mark.parametrize(("M", "k", "r"), [(7, 20, 3), (33, 130, 24), (150, 40, 96)])
 def test_values_under_dropout(M, k, r, backend, dtype, device):
-    if backend == "cuda":
-        pytest.skip("no dropout in this kernel; lorasb_linear refuses it")
     seed = dropout_seed(device)
     check(factor_gradient, backend, *operands(M, k, r, dtype, device), 0.3, seed)
 
 
+@WITH_DROPOUT
 def test_the_mask_is_exactly_that_of_the_seed(backend, device):
-    if backend == "cuda":
-        pytest.skip("no dropout in this kernel; lorasb_linear refuses it")
     M, k = 16, 50
     left, rows = torch.eye(M, device=device), torch.ones(M, k, device=device)
     out = factor_gradient(left, rows, 0.4, dropout_seed(device), backend)

@@ -1,9 +1,12 @@
 """What torch asks of an operator: schema, fake, compilation; and lorasb_linear in one graph."""
 
+import itertools
+
 import pytest
 import torch
 
 from lorasb_kernels.functional import lorasb_linear
+from lorasb_kernels.ops.registry import BACKENDS
 from tests.ops.operands import dropout_seed, normal
 
 M, N, K, R = 9, 12, 40, 5
@@ -23,10 +26,16 @@ def arguments(operation: str, device: torch.device, dropout: bool) -> tuple:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("operation", ["shrink", "core_backward", "expand", "factor_gradient"])
+@pytest.mark.parametrize(
+    ("operation", "backend"),
+    [
+        *itertools.product(["shrink", "core_backward", "expand"], BACKENDS),
+        # CUDA's is sign_accumulate, which is checked with the signs.
+        *itertools.product(["factor_gradient"], ["reference", "triton"]),
+    ],
+    indirect=["backend"],
+)
 def test_opcheck(operation, dropout, backend, device):
-    if (operation, backend) == ("factor_gradient", "cuda"):
-        pytest.skip("the CUDA backend runs sign_accumulate instead, checked with the signs")
     operator = getattr(torch.ops.lorasb, f"{operation}_{backend}").default
     torch.library.opcheck(operator, arguments(operation, device, dropout))
 

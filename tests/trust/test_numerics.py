@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.aot.emulator import ptxcheck_folder
-from tests.ops.conftest import ON_GPU
+from tests.ops.conftest import DTYPES, ON_GPU
 from tests.trust.conftest import amounts
 from tests.trust.operators import OPERATORS, SINGLE
 from tests.trust.worst import poisoned_memory, worst_of
@@ -30,10 +29,12 @@ def assert_passes(worst: dict) -> None:
 
 
 @amounts(3, 200)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("operator", "dtype"),
+    [(op, name) for op in OPERATORS for name in (["float32"] if op in SINGLE else DTYPES)],
+    indirect=["dtype"],
+)
 def test_the_contract(operator, backend, dtype, device, cases):
-    if operator in SINGLE and dtype != torch.float32:
-        pytest.skip(f"{operator} reads fp32 only")
     if backend == "reference" or ON_GPU:
         cases *= 3
     with poisoned_memory():
