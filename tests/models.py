@@ -90,3 +90,15 @@ def batches(architecture: str, count: int = 2, size: int = 3, seed: int = 1) -> 
             batch["labels"] = ids.masked_fill(mask == 0, -100)
         result.append(batch)
     return result
+
+
+def few_steps(model, optimizer, data: list[dict], steps: int = 6) -> list[float]:
+    """The loss over all of `data` before each of a few steps on it."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = sum(model(**batch).loss for batch in data)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

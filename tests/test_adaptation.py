@@ -9,7 +9,7 @@ from torch import nn
 
 from lorasb_kernels import LoRASBConfig, LoRASBLinear, adapt, describe, merge_and_unload
 from lorasb_kernels.targets import adapted_layers
-from tests.models import ARCHITECTURES, batches, build
+from tests.models import ARCHITECTURES, batches, build, few_steps
 
 RATE = 5e-3
 
@@ -48,13 +48,7 @@ def test_an_adapted_model_trains_and_merges_to_the_same_logits(architecture):
     assert len(trainable) == len(adapted_layers(model))
     optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
     data = batches(architecture)
-    losses = []
-    for _ in range(6):
-        loss = sum(model(**batch).loss for batch in data)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = few_steps(model, optimizer, data)
     assert losses[-1] < losses[0]
     expected = model(**data[0]).logits
     merge_and_unload(model)

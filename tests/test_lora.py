@@ -23,7 +23,7 @@ from lorasb_kernels import (
 )
 from lorasb_kernels.nn import LoRALinear
 from lorasb_kernels.targets import adapted_layers
-from tests.models import batches, build
+from tests.models import batches, build, few_steps
 
 
 def config(**changes):
@@ -164,11 +164,5 @@ def test_what_needs_a_core_is_refused():
 def test_it_trains():
     model = adapt(build("llama"), config())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(**batches("llama")[0]).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = few_steps(model, optimizer, batches("llama", 1))
     assert losses[-1] < losses[0]

@@ -7,7 +7,7 @@ import torch
 
 from lorasb_kernels import LoRASBConfig, adapt
 from lorasb_kernels.optim import PreconditionedAdamW, split_parameters
-from tests.models import batches, build
+from tests.models import batches, build, few_steps
 
 SHAPES = [(20, 12, 4), (20, 12, 4), (12, 20, 4), (16, 16, 3)]  # m, n, r
 LR, BETAS, EPS, DECAY, DAMPING = 0.02, (0.8, 0.95), 1e-8, 0.1, 1e-3
@@ -217,13 +217,7 @@ def test_the_parameters_of_a_model():
     assert trained == {id(p) for pair in pairs for p in pair} | {id(p) for p in others}
     assert others
     optimizer = PreconditionedAdamW(pairs, others, lr=1e-2)
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = model(**batches("roberta")[0]).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = few_steps(model, optimizer, batches("roberta", 1), 3)
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="no LoRALinear"):
         split_parameters(adapt(build("roberta"), LoRASBConfig(3, init="orthogonal")))

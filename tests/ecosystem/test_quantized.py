@@ -30,7 +30,7 @@ from lorasb_kernels.quantization import dense_weight, quantization_of
 from lorasb_kernels.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
 from lorasb_kernels.targets import adapted_layers, find_targets
 from tests.ecosystem.quantizers import QUANTIZERS, quantize_model
-from tests.models import batches, build
+from tests.models import batches, build, few_steps
 
 KINDS = pytest.mark.parametrize("kind", QUANTIZERS)
 CONFIG = LoRASBConfig(r=4, init="orthogonal", scaling=0.5)
@@ -168,13 +168,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(kind):
     frozen = {name: dense_weight(layer) for name, layer in adapted_layers(model).items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == len(frozen) == 14
-    optimizer, losses = torch.optim.AdamW(trained, lr=3e-3), []
-    for _ in range(6):
-        optimizer.zero_grad()
-        loss = model(**batches("llama")[0]).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = few_steps(model, torch.optim.AdamW(trained, lr=3e-3), batches("llama", 1))
     assert losses[-1] < losses[0]
     for name, layer in adapted_layers(model).items():
         assert torch.equal(dense_weight(layer), frozen[name])
