@@ -60,6 +60,26 @@ def test_work_goes_to_the_current_stream(backend, device):
     assert all(map(same_bits, expected, found))
 
 
+def test_streams_at_once_give_the_results_of_one(backend, device):
+    """M = 96 is split over blocks, which meet at counters that no other launch may share."""
+    runs = []
+    for seed in range(4):
+        workload = Workload([[Layer("linear", 1024, 768)]], 96, 96, DTYPE, device, seed=seed)
+        runs.append(Run(lambda group: adapted_layers(group, backend), workload))
+    expected = [run.both(0) for run in runs]
+    streams = [torch.cuda.Stream() for _ in runs]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    found = []
+    for _ in range(20):
+        for run, stream in zip(runs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run.both(0))
+    torch.cuda.synchronize()
+    for i, results in enumerate(found):
+        assert all(map(same_bits, results, expected[i % len(runs)]))
+
+
 @pytest.fixture
 def far(device):
     """`far(columns)`: a [M, columns] view whose last rows lie past 2³¹ elements."""
