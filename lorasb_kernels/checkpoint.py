@@ -10,10 +10,10 @@ frozen weights from others.
 LoRA-XS has no `subspace.safetensors`: its A and B are rebuilt from the frozen weights, and
 `adapter.safetensors` holds what tells them from others (see `rebuilding`).
 
-Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with, and
-`subspace.safetensors` a few elements of each frozen weight, so that an adapter meets neither
-another subspace nor another base model unnoticed. Files are replaced whole; everything is
-checked before the model is touched.
+Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with and the
+digest of its own tensors, and `subspace.safetensors` a few elements of each frozen weight, so that
+an adapter meets neither another subspace nor another base model unnoticed, and a flipped bit
+shows. Files are replaced whole; everything is checked before the model is touched.
 """
 
 import hashlib
@@ -84,11 +84,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             "config": model.lorasb_config.to_dict(),
         }
         write_text(directory / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
-    write_tensors(
-        directory / ADAPTER_FILE,
-        trained_tensors(model) | (subspace_probes(layers) if rebuilt else {}),
-        {"format": FORMAT, "subspace": fingerprint},
-    )
+    trained = trained_tensors(model) | (subspace_probes(layers) if rebuilt else {})
+    metadata = {"format": FORMAT, "subspace": fingerprint, "digest": digest_of(trained)}
+    write_tensors(directory / ADAPTER_FILE, trained, metadata)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, revision: str | None = None) -> nn.Module:
@@ -172,6 +170,8 @@ def read_adapter(
     """
     record, config = _read_record(directory)
     trained, metadata = read_tensors(directory / ADAPTER_FILE)
+    if "digest" in metadata and metadata["digest"] != digest_of(trained):
+        raise ValueError(f"{directory / ADAPTER_FILE} is damaged: its digest is another")
     stated = {CONFIG_FILE: record["subspace"], ADAPTER_FILE: metadata.get("subspace")}
     subspace = None
     if config.init != "lora-xs":
@@ -203,10 +203,15 @@ def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
 
     Over the probes of the weights where there are none, as in LoRA.
     """
+    factors = {k: t for k, t in subspace.items() if k.endswith((".lora_A", ".lora_B"))}
+    return digest_of(factors or subspace)
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bits of `tensors`."""
     digest = hashlib.sha256()
-    factors = [name for name in subspace if name.endswith((".lora_A", ".lora_B"))]
-    for name in sorted(factors or subspace):
-        tensor = subspace[name].detach().cpu().contiguous()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode("utf-8", "replace"))
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

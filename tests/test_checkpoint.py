@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
 from lorasb_kernels.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE
 from lorasb_kernels.targets import adapted_layers
 from tests.models import ARCHITECTURES, batches, build
+from tests.rewriting import rewrite
 
 
 def trained(architecture="roberta", seed=0, **fields):
@@ -100,14 +101,10 @@ def test_merged_and_plain_models_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def edit(path, change):
-    tensors = load_file(path)
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    change(tensors)
-    save_file(tensors, path, metadata=metadata)
+def flip_the_last_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def edit_record(path, **changes):
@@ -153,32 +150,37 @@ A = "roberta.encoder.layer.0.attention.self.query.lora_A"
             "not a whole safetensors file",
         ),
         (
-            lambda d: edit(d / ADAPTER_FILE, lambda t: t.pop(CORE)),
+            lambda d: flip_the_last_bit(d / ADAPTER_FILE),
+            ValueError,
+            "adapter.safetensors is damaged: its digest is another",
+        ),
+        (
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.pop(CORE)),
             ValueError,
             "missing tensors",
         ),
         (
-            lambda d: edit(d / ADAPTER_FILE, lambda t: t.update({"../x": torch.ones(1)})),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update({"../x": torch.ones(1)})),
             ValueError,
             "unexpected tensors",
         ),
         (
-            lambda d: edit(d / ADAPTER_FILE, lambda t: t.update({CORE: torch.ones(3, 4)})),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update({CORE: torch.ones(3, 4)})),
             ValueError,
             r"has shape \(3, 4\); expected \(4, 4\)",
         ),
         (
-            lambda d: edit(d / ADAPTER_FILE, lambda t: t.update({CORE: torch.ones(4, 4).int()})),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update({CORE: torch.ones(4, 4).int()})),
             ValueError,
             "has dtype torch.int32",
         ),
         (
-            lambda d: edit(d / ADAPTER_FILE, lambda t: t[CORE].fill_(float("nan"))),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t[CORE].fill_(float("nan"))),
             ValueError,
             "non-finite",
         ),
         (
-            lambda d: edit(d / SUBSPACE_FILE, lambda t: t[A].neg_()),
+            lambda d: rewrite(d / SUBSPACE_FILE, lambda t: t[A].neg_()),
             ValueError,
             "damaged",
         ),

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
+from tests.rewriting import rewrite
 
 TARGETS = ("q_proj", "up_proj")
 
@@ -64,15 +65,12 @@ def test_another_base_model_is_refused(saved):
 @pytest.mark.parametrize("side", ["lora_A_probe", "lora_B_probe"])
 def test_one_turned_singular_vector_is_refused(saved, side):
     _, directory = saved
-    file = directory / "adapter.safetensors"
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
     for row in range(4):
-        turned = {name: tensor.clone() for name, tensor in tensors.items()}
-        turned[f"model.layers.0.mlp.up_proj.{side}"][row].neg_()
-        save_file(turned, file, metadata=metadata)
+
+        def turn(tensors, row=row):
+            tensors[f"model.layers.0.mlp.up_proj.{side}"][row].neg_()
+
+        rewrite(directory / "adapter.safetensors", turn)
         with pytest.raises(ValueError, match="rebuilt from the weight, is not the one"):
             load_adapter(build("llama"), directory)
+        rewrite(directory / "adapter.safetensors", turn)

@@ -177,6 +177,15 @@ def other_subspace(folder, patch):
 
 
 @error
+def damaged(folder, patch):
+    save_adapter(adapted(), folder)
+    content = bytearray((folder / "adapter.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "adapter.safetensors").write_bytes(content)
+    load_adapter(build("llama"), folder)
+
+
+@error
 def other_base(folder, patch):
     save_adapter(adapted(), folder)
     load_adapter(build("llama", seed=1), folder)

@@ -52,6 +52,8 @@ def write_raw(path: Path, header: dict, data: bytes, length: int | None = None) 
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
+METADATA = ("format", "subspace", "digest", "columns", "transposed")
+decimals = st.sampled_from(["0", "1", "33", "-1", "7.5", str(2**31), str(10**30)])
 numbers = st.integers(0, 8) | st.sampled_from([2**31, 2**62, 2**63 - 1, -1, 10**30])
 json_values = st.recursive(
     st.none()
@@ -95,7 +97,7 @@ def damage_tensors(draw, path: Path) -> None:
     elif kind == 7:
         header[name]["data_offsets"] = draw(st.lists(numbers, max_size=3))
     elif kind == 8:
-        metadata = draw(st.dictionaries(st.sampled_from(["format", "subspace"]), json_values))
+        metadata |= draw(st.dictionaries(st.sampled_from(METADATA), json_values | decimals))
     else:
         length = draw(numbers.filter(lambda n: 0 <= n < 2**64))
     write_raw(path, {"__metadata__": metadata, **header} if metadata else header, data, length)

@@ -14,14 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lorasb_kernels import export_peft, import_peft, load_adapter, merge_checkpoint
-from lorasb_kernels.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE, fingerprint_of
+from lorasb_kernels import SignMatrix, export_peft, import_peft, load_adapter, merge_checkpoint
+from lorasb_kernels.checkpoint import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    SUBSPACE_FILE,
+    fingerprint_of,
+)
 from lorasb_kernels.export import TENSORS_FILE
 from lorasb_kernels.targets import adapted_layers
+from tests.rewriting import rewrite
 from tests.trust.conftest import LITTLE, MUCH
 from tests.trust.hostile_files import Layers, damage, read_raw, write_adapter, write_raw
 from tests.trust.watching import bounded_memory, tree, watched
 
+SIGNS_FILE = "signs.safetensors"
 NAMED = (ValueError, FileNotFoundError)
 
 
@@ -34,6 +41,9 @@ def originals(tmp_path_factory):
         load_adapter(Layers(), folder / init)
     write_published(folder / "published")
     import_peft(Layers(), folder / "published")
+    (folder / "signs").mkdir()
+    SignMatrix.from_dense(torch.randn(5, 70)).save(folder / "signs" / SIGNS_FILE)
+    SignMatrix.load(folder / "signs" / SIGNS_FILE) @ torch.ones(70, 1)
     (folder / "base").mkdir()
     weights = Layers().state_dict()
     index = {"weight_map": {name: f"{name[0]}.safetensors" for name in weights}}
@@ -66,6 +76,7 @@ def restate(folder):
             header, data = read_raw(folder / name)
             header["__metadata__"] = header.get("__metadata__", {}) | {"subspace": fingerprint}
             write_raw(folder / name, header, data)
+        rewrite(folder / ADAPTER_FILE, lambda tensors: None)
         (folder / CONFIG_FILE).write_text(json.dumps(record))
     except Exception:
         pass
@@ -120,12 +131,36 @@ def check_merging(draw, originals, tmp_path):
     assert tree(folder) == files
 
 
+def check_signs(draw, originals, tmp_path):
+    folder = tmp_path / "hostile"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(originals / "signs", folder)
+    damage(draw, folder)
+    files = tree(folder)
+    with watched():
+        try:
+            loaded = SignMatrix.load(folder / SIGNS_FILE)
+        except NAMED as error:
+            assert type(error) in NAMED, f"{type(error).__name__} says too little: {error}"  # noqa: PT017
+        else:
+            dense = loaded.to_dense()
+            assert dense.shape == loaded.shape
+            product = loaded @ torch.ones(dense.shape[1], 1)
+            torch.testing.assert_close(product, dense.sum(1, keepdim=True), equal_nan=True)
+    assert tree(folder) == files
+
+
 @pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published"])
 def test_an_adapter_loads_or_is_named(originals, tmp_path, kind):
     with bounded_memory(200):
         settings(LITTLE, max_examples=60)(
             given(st.data())(lambda d: check_loading(d.draw, originals, tmp_path, kind))
         )()
+
+
+def test_saved_signs_load_or_are_named(originals, tmp_path):
+    with bounded_memory(200):
+        given(st.data())(lambda d: check_signs(d.draw, originals, tmp_path))()
 
 
 def test_a_base_model_is_merged_or_named(originals, tmp_path):
@@ -182,9 +217,7 @@ def test_numbers_that_overflow_the_layer_are_not_finite(originals, tmp_path):
     """1e300 is finite in the file's fp64 and infinite in the fp32 core."""
     folder = tmp_path / "adapter"
     shutil.copytree(originals / "orthogonal", folder)
-    header, _ = read_raw(folder / ADAPTER_FILE)
-    tensors = load_file(folder / ADAPTER_FILE)
-    tensors["0.lora_R"] = torch.full((2, 2), 1e300, dtype=torch.float64)
-    save_file(tensors, folder / ADAPTER_FILE, metadata=header["__metadata__"])
+    core = {"0.lora_R": torch.full((2, 2), 1e300, dtype=torch.float64)}
+    rewrite(folder / ADAPTER_FILE, lambda tensors: tensors.update(core))
     with pytest.raises(ValueError, match=r"0\.lora_R holds non-finite values"):
         load_adapter(Layers(), folder)

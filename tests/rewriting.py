@@ -1,0 +1,18 @@
+"""Changes to saved adapters, stated as whoever made them would state them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lorasb_kernels.checkpoint import digest_of, read_tensors
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Lets `change` edit the tensors of a file; its digest, where it has one, fits again."""
+    tensors, metadata = read_tensors(path)
+    change(tensors)
+    if "digest" in metadata:
+        metadata["digest"] = digest_of(tensors)
+    save_file(tensors, path, metadata=metadata)
