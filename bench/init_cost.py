@@ -3,21 +3,45 @@
     python -m bench.init_cost --output-dir bench/results
 
 Writes init_cost.json (every measurement), init_cost.png (peak memory and time against the
-number of blocks) and prints a table. All on one CPU thread; see `bench.init_process` for
-what is measured and `bench.contenders_init` for the contenders.
+number of blocks) and prints a table. All on one CPU thread. The contenders take turns, so that
+a host whose speed drifts hits them all; times are medians, peaks the largest. See
+`bench.init_process` for what is measured and `bench.contenders_init` for the contenders.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.contenders_init import CONTENDERS
 from lorasb_kernels.files import replacing
 
 CURVE = ("plain, targets only", "resident", "layerwise")
+
+
+def in_turns(contenders: Iterable[str], layers: int, samples: int, turns: int) -> list[dict]:
+    """One result a contender, over `turns` fresh processes of each."""
+    results = []
+    for turn in range(turns):
+        results.append([run(contender, layers, samples) for contender in contenders])
+        print(f"{layers} blocks, turn {turn + 1} of {turns}", file=sys.stderr)
+    return [summary(runs) for runs in zip(*results, strict=True)]
+
+
+def summary(runs: Sequence[dict]) -> dict:
+    """One contender's measurements: the median time and the largest peak."""
+    seconds = [result["seconds"] for result in runs]
+    peaks = [result["peak_bytes"] for result in runs]
+    return runs[0] | {
+        "seconds": statistics.median(seconds),
+        "seconds_of_each_run": seconds,
+        "peak_bytes": max(peaks),
+        "peak_bytes_of_each_run": peaks,
+    }
 
 
 def run(contender: str, layers: int, samples: int) -> dict:
@@ -92,15 +116,12 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("bench/results"))
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--blocks", type=int, nargs="*", default=[5, 10, 20])
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
-    whole = []
-    for contender in CONTENDERS:
-        whole.append(run(contender, 30, arguments.samples))
-        print(f"{contender}: {whole[-1]['seconds']:.1f} s", file=sys.stderr)
+    whole = in_turns(CONTENDERS, 30, arguments.samples, arguments.turns)
     curve = [r for r in whole if r["contender"] in CURVE]
     for layers in arguments.blocks:
-        curve += [run(contender, layers, arguments.samples) for contender in CURVE]
-        print(f"{layers} blocks", file=sys.stderr)
+        curve += in_turns(CURVE, layers, arguments.samples, arguments.turns)
     text = json.dumps({"whole model": whole, "by number of blocks": curve}, indent=1)
     with replacing(arguments.output_dir / "init_cost.json") as building:
         building.write_text(text)

@@ -2,9 +2,9 @@
 
     python -m bench.init_process resident --layers 30 --samples 32
 
-Time is the processor time of one thread, which other processes disturb least, in the best of
-several runs; memory is the peak of the resident set over the first, beyond what the process
-held before it (VmHWM, reset through /proc/self/clear_refs).
+Time is the processor time of one thread, which other processes disturb least; memory is the peak
+of the resident set beyond what the process held before (VmHWM, reset through
+/proc/self/clear_refs).
 """
 
 import argparse
@@ -63,7 +63,7 @@ def captured_energy(factors: Factors) -> float | None:
 
 
 def measure(
-    contender: str, layers: int, samples: int, micro_batch: int, r: int, dtype: str, runs: int
+    contender: str, layers: int, samples: int, micro_batch: int, r: int, dtype: str
 ) -> dict:
     """Runs `contender` and returns its seconds, bytes and captured energy."""
     torch.set_num_threads(1)
@@ -79,13 +79,9 @@ def measure(
         model(**{key: value[:1] for key, value in batches[-1].items()})
         truncated_svd(torch.randn(model.config.hidden_size, model.config.hidden_size), r)
     held = reset_peak()
-    seconds, factors = [], {}
-    for run in range(runs):
-        start = time.process_time()
-        factors = CONTENDERS[contender](model, batches, targets, r, 1e-4)
-        seconds.append(time.process_time() - start)
-        if run == 0:
-            peak = peak_since_reset() - held
+    start = time.process_time()
+    factors = CONTENDERS[contender](model, batches, targets, r, 1e-4)
+    seconds = time.process_time() - start
     return {
         "contender": contender,
         "layers": layers,
@@ -94,9 +90,8 @@ def measure(
         "tokens": tokens,
         "r": r,
         "dtype": dtype,
-        "seconds": min(seconds),
-        "seconds_of_each_run": seconds,
-        "peak_bytes": peak,
+        "seconds": seconds,
+        "peak_bytes": peak_since_reset() - held,
         "model_bytes": sum(p.nbytes for p in model.parameters()),
         "all_accumulators_bytes": accumulators,
         "block_accumulators_bytes": accumulators // blocks,
@@ -113,7 +108,6 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--runs", type=int, default=2)
     arguments = parser.parse_args()
     result = measure(
         arguments.contender,
@@ -122,7 +116,6 @@ def main() -> None:
         arguments.micro_batch,
         arguments.rank,
         arguments.dtype,
-        arguments.runs,
     )
     print(json.dumps(result))
 
