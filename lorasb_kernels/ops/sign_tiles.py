@@ -11,10 +11,11 @@ Packing: memory bound, no reuse: 16 KB of the accumulator a block.
 
 ±1 product: a block expands a step of S once and multiplies it with up to 160 columns of Z, in
 tiles of 32 (96 + 48, the width of a rank-96 range finder, costs 160). Their accumulators are
-at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at BLOCK_M = 64. A step of
-Z is 32·160·4 = 20 KB. Every block of rows reads all of Z from L2, so rows are taken 64 at a
-time where that gives each multiprocessor a block, and on sm_90, whose wgmma takes 64; else
-32, with 8 warps, as 4 spill.
+at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at BLOCK_M = 64: past 128
+columns 4 warps spill on Ampere and Ada, so 8 take them. A step of Z is 32·160·4 = 20 KB; two are
+in flight, and the room of a third holds another block. Every block of rows reads all of Z from
+L2, so rows are taken 64 at a time where that gives each multiprocessor a block, and on sm_90,
+whose wgmma takes 64; else 32.
 """
 
 import dataclasses
@@ -71,8 +72,8 @@ def sign_matmul_tile(arch: str, rows: int, q: int, multiprocessors: int) -> Sign
         return SignMatmulTile(4, 1, BLOCK_M=32, BLOCK_K=64, BLOCK_Q=width, COLUMN_TILES=tiles)
     tall = arch == "sm_90" or rows >= 64 * multiprocessors
     return SignMatmulTile(
-        num_warps=4 if tall else 8,
-        num_stages=3,
+        num_warps=4 if arch == "sm_90" or width * tiles <= 128 else 8,
+        num_stages=2,
         BLOCK_M=64 if tall else 32,
         BLOCK_K=32,
         BLOCK_Q=width,

@@ -176,7 +176,8 @@ def _by_itemsize(half, single):
 def _ampere_projection(num_stages: int, widest_warps: int):
     """sm_80 has shared memory for one stage more than sm_86 and sm_89.
 
-    `widest_warps` is what holds rank 512 in fp32 without a spill, by compilation.
+    `widest_warps` is what holds rank 256 in 16 bits and 512 in fp32 without a spill, by
+    compilation.
     """
     return _by_itemsize(
         {
@@ -187,7 +188,7 @@ def _ampere_projection(num_stages: int, widest_warps: int):
             # Seven tiles of 32: the core's operands would spill with 32 rows. 16 rows of x
             # are 16 bytes a thread for 4 warps.
             224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=num_stages),
-            256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=3),
+            256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=widest_warps, num_stages=3),
             448: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
             512: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=2),
         },
@@ -209,7 +210,10 @@ _HOPPER_PROJECTION = _by_itemsize(
         256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
     },
-    _ampere_projection(num_stages=3, widest_warps=8)[4],
+    {
+        **_ampere_projection(num_stages=3, widest_warps=8)[4],
+        448: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=3),
+    },
 )
 _INTERPRETER_PROJECTION = {512: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=2)}
 PROJECTION_TILES = {
