@@ -1,8 +1,9 @@
 """Tile sizes of the Triton kernels by architecture, and the reasons for them.
 
 Not measured: reasoned from shared memory, registers and the bytes a block keeps in flight,
-and checked by ahead-of-time compilation (no spill, `docs/kernel_resources.md`). What has
-been measured on a device is a tuning file's to say, see `ops/expand/route.py`.
+and checked by ahead-of-time compilation: no spill with Triton 3.7.1, with others of 3.6 to 3.8 a
+few bytes in a few variants (`docs/kernel_resources.md`). What has been measured on a device is a
+tuning file's to say, see `ops/expand/route.py`.
 
 Limits, a block and a multiprocessor:
 
@@ -21,7 +22,7 @@ BLOCK_M falls from 64 to 32 as the rank grows to 512. fp32 operands are twice as
 three tf32 products keep a high and a low part of each: half the tile.
 
 Expand. A GEMM: the tile sets the flops per byte of shared-memory traffic. 128×128 with 8 warps
-takes 64 accumulator registers a thread and 186 in all; with 4 warps it is at the limit of
+takes 64 accumulator registers a thread and 170 to 186 in all; with 4 warps it is at the limit of
 255. Two stages of 128×64 + 128×64 in 16 bits are 64 KB, within sm_86's 99 KB, one block an SM.
 sm_80 has room for a third. sm_90 reads operands of wgmma from shared memory, so the freed
 registers go to a 128×256 tile: 192 KB in four stages.
@@ -29,7 +30,7 @@ A dropout mask costs about 60 registers of 64-bit arithmetic while the second te
 64-row tiles there.
 
 Expand by tensor maps (sm_90 alone). No addresses and masks in registers: 90 for 128×128 with 8
-warps, so that two blocks of three stages (96 KB each) share a multiprocessor; 162 for 128×256,
+warps, so that two blocks of three stages (96 KB each) share a multiprocessor; 154 for 128×256,
 which reads a third less shared memory for a flop and fills it in four stages of 48 KB.
 """
 

@@ -1,7 +1,6 @@
 """Tile sizes of the factor-gradient kernel by rank, and the reasons for them.
 
-Not measured: reasoned as in `ops/tiles.py`, and checked by ahead-of-time compilation: no spill in
-16 bits; in fp32 eight variants spill 8 or 16 bytes (`docs/kernel_resources.md`).
+Not measured: reasoned as in `ops/tiles.py`, and checked by ahead-of-time compilation.
 
 The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers a thread; BLOCK_N falls
 as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at rank 64
