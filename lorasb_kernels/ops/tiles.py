@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels by architecture, and the reasons for them.
 
 Not measured: reasoned from shared memory, registers and the bytes a block keeps in flight,
-and checked by ahead-of-time compilation: no spill with Triton 3.7.1, with others of 3.6 to 3.8 a
-few bytes in a few variants (`docs/kernel_resources.md`). What has been measured on a device is a
+and checked by ahead-of-time compilation: no spill with Triton 3.7.1
+(`docs/kernel_resources.md`); another version may allocate otherwise. What has been measured on a device is a
 tuning file's to say, see `ops/expand/route.py`.
 
 Limits, a block and a multiprocessor:
