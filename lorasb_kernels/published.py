@@ -1,4 +1,4 @@
-"""Adapters trained with the published LoRA-SB and LoRA-XS code.
+"""Adapters in peft's format: plain LoRA, and what the published LoRA-SB and LoRA-XS code saves.
 
 That code saves a peft LoRA directory with one more tensor a layer, R, the weight of a module
 `default_lora_latent_mapping`. Older peft strips `.default` from the name on saving, which
@@ -6,7 +6,6 @@ leaves `q_proj_lora_latent_mapping.weight`; newer peft keeps `q_proj.default_lor
 .weight`. Loaded by peft itself, either is dropped without a word and `B·A` is what remains.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -38,24 +37,32 @@ _UNSUPPORTED = {
 }
 
 
-def import_peft(model: nn.Module, directory: str | Path, revision: str | None = None) -> nn.Module:
-    """Adapts `model` with an adapter that the published LoRA-SB or LoRA-XS code saved.
+def import_peft(
+    model: nn.Module,
+    directory: str | Path,
+    revision: str | None = None,
+    *,
+    plain_lora: bool = False,
+) -> nn.Module:
+    """Adapts `model` with an adapter that peft or the published LoRA-SB or LoRA-XS code saved.
 
-    The configuration of the result says `init="lora-sb"` for either method: A and B come with
-    the adapter, so `save_adapter` stores them.
+    The configuration of the result says `init="lora"` for plain LoRA and `init="lora-sb"` for
+    both other methods: A and B come with the adapter, so `save_adapter` stores them.
 
     Args:
         model: the plain base model.
         directory: folder or hub repository with `adapter_config.json` and
             `adapter_model.safetensors`.
         revision: branch, tag or commit of a hub repository.
+        plain_lora: read a LoRA adapter, A and B alone. To be said, since files of the published
+            code that peft has saved again look like one: their R is gone.
 
     Returns:
         `model`, adapted in place. If anything raises, it is as it was.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a layer without R (a plain LoRA adapter), without A or B, tensors that
+        ValueError: a layer without A or B, without R (with R, if `plain_lora`), tensors that
             fit no module, wrong shapes, non-finite values, or a LoRA variant (DoRA, trained
             biases, ranks by layer) that has no counterpart here.
     """
@@ -64,9 +71,9 @@ def import_peft(model: nn.Module, directory: str | Path, revision: str | None = 
     peft_config = _read_config(directory / CONFIG_FILE)
     tensors, _ = read_tensors(directory / TENSORS_FILE)
     factors, others = _split(tensors)
-    _check_complete(directory / TENSORS_FILE, factors)
+    _check_complete(directory / TENSORS_FILE, factors, plain_lora)
     try:
-        config = _configuration(model, peft_config, factors)
+        config = _configuration(model, peft_config, factors, plain_lora)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
     targets = find_targets(model, config.target_modules, config.modules_to_save)
@@ -76,12 +83,12 @@ def import_peft(model: nn.Module, directory: str | Path, revision: str | None = 
     expected = {
         f"{name}.{part}": getattr(layer, part)
         for name, layer in layers.items()
-        for part in ("lora_A", "lora_R", "lora_B")
+        for part in (("lora_A", "lora_B") if plain_lora else ("lora_A", "lora_R", "lora_B"))
     }
     saved = find_saved_modules(model, config.modules_to_save)
     check_tensors(directory / TENSORS_FILE, found | others, expected | saved_tensors(saved))
     for name, layer in layers.items():
-        layer.set_adapter(**factors[name])
+        layer.set_adapter(**{"lora_R": None, **factors[name]})
     with torch.no_grad():
         for name, tensor in saved_tensors(saved).items():
             tensor.copy_(others[name])
@@ -122,26 +129,35 @@ def _split(tensors: dict) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str,
     return factors, others
 
 
-def _check_complete(path: Path, factors: dict[str, dict[str, torch.Tensor]]) -> None:
+def _check_complete(
+    path: Path, factors: dict[str, dict[str, torch.Tensor]], plain_lora: bool
+) -> None:
     if not factors:
         raise ValueError(f"{path} holds no adapter; expected lora_A, lora_B and R of some layers")
     for name, parts in factors.items():
-        if "lora_R" not in parts:
-            raise ValueError(
-                f"{path}: {name} has lora_A and lora_B but no R (lora_latent_mapping). This is a "
-                "plain LoRA adapter, or its R was dropped on saving; expected R of every layer"
-            )
         for part in ("lora_A", "lora_B"):
             if part not in parts:
                 raise ValueError(f"{path}: {name} has no {part}; expected A and B of every layer")
-        if parts["lora_R"].dim() != 2:
-            shape = tuple(parts["lora_R"].shape)
-            raise ValueError(f"{path}: R of {name} has shape {shape}; expected [r, r]")
+        if plain_lora and "lora_R" in parts:
+            raise ValueError(
+                f"{path}: {name} has an R (lora_latent_mapping); expected none with plain_lora=True"
+            )
+        if not plain_lora and "lora_R" not in parts:
+            raise ValueError(
+                f"{path}: {name} has lora_A and lora_B but no R (lora_latent_mapping). This is a "
+                "plain LoRA adapter, which plain_lora=True reads, or its R was dropped on saving; "
+                "expected R of every layer"
+            )
+        for part, tensor in parts.items():
+            if tensor.dim() != 2:
+                shape = tuple(tensor.shape)
+                raise ValueError(f"{path}: {part} of {name} has shape {shape}; expected a matrix")
 
 
-def _configuration(model: nn.Module, peft_config: dict, factors: dict) -> LoRASBConfig:
-    r = next(iter(factors.values()))["lora_R"].shape[0]
-    alpha = peft_config["lora_alpha"]
+def _configuration(
+    model: nn.Module, peft_config: dict, factors: dict, plain_lora: bool
+) -> LoRASBConfig:
+    r = next(iter(factors.values()))["lora_A"].shape[0]
     modules = [name for name, _ in model.named_modules()]
     # peft lists heads of every kind ("classifier", "score"); only those of this model count.
     saved = tuple(
@@ -152,7 +168,9 @@ def _configuration(model: nn.Module, peft_config: dict, factors: dict) -> LoRASB
     return LoRASBConfig(
         r=r,
         target_modules=tuple(shortest_names(model, list(factors))),
-        scaling=alpha / (math.sqrt(r) if peft_config.get("use_rslora") else r),
+        init="lora" if plain_lora else "lora-sb",
+        lora_alpha=peft_config["lora_alpha"],
+        use_rslora=bool(peft_config.get("use_rslora")),
         dropout=peft_config.get("lora_dropout") or 0.0,
         modules_to_save=saved,
     )

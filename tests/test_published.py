@@ -1,4 +1,4 @@
-"""Checkpoints as the published LoRA-SB and LoRA-XS code leaves them, saved by the real peft."""
+"""Plain LoRA, and what the published LoRA-SB and LoRA-XS code leaves, saved by the real peft."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from safetensors.torch import load_file, save_file
 
-from lorasb_kernels import import_peft, load_adapter, save_adapter
+from lorasb_kernels import export_peft, import_peft, load_adapter, save_adapter
 from tests.models import batches, build
 
 FILE = "adapter_model.safetensors"
@@ -86,6 +86,37 @@ def test_a_classifier_and_rank_stabilized_scaling(tmp_path):
     save_adapter(model, tmp_path / "ours")
     again = load_adapter(build("roberta"), tmp_path / "ours")
     assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_plain_lora_loads_and_goes_on_training(tmp_path, use_rslora):
+    torch.manual_seed(0)
+    options = {"target_modules": ["q_proj", "down_proj"], "use_rslora": use_rslora}
+    peft_model = get_peft_model(build("llama"), LoraConfig(r=4, lora_alpha=6, **options)).eval()
+    for layer in peft_model.modules():
+        if isinstance(layer, PeftLinear):
+            layer.lora_B.default.weight.data.normal_(std=0.3)
+    peft_model.save_pretrained(tmp_path)
+    model = import_peft(build("llama"), tmp_path, plain_lora=True)
+    batch = batches("llama")[0]
+    ours, theirs = model(**batch), peft_model(**batch)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    ours.loss.backward()
+    theirs.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad}
+    assert len(gradients) == len(expected) == 8
+    for name, gradient in expected.items():
+        name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+        torch.testing.assert_close(gradients[name], gradient)
+    export_peft(model, tmp_path / "exported")
+    again = import_peft(build("llama"), tmp_path / "exported", plain_lora=True)
+    torch.testing.assert_close(again(**batch).logits, theirs.logits)
+
+
+def test_a_core_is_not_dropped_for_plain_lora(llama):
+    with pytest.raises(ValueError, match=r"has an R .*; expected none with plain_lora=True"):
+        import_peft(build("llama"), llama[0], plain_lora=True)
 
 
 def drop(part):

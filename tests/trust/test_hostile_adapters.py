@@ -7,6 +7,7 @@ and takes no more memory than the files.
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def originals(tmp_path_factory):
         load_adapter(Layers(), folder / init)
     write_published(folder / "published")
     import_peft(Layers(), folder / "published")
+    export_peft(load_adapter(Layers(), folder / "orthogonal"), folder / "plain")
+    import_peft(Layers(), folder / "plain", plain_lora=True)
     (folder / "signs").mkdir()
     SignMatrix.from_dense(torch.randn(5, 70)).save(folder / "signs" / SIGNS_FILE)
     SignMatrix.load(folder / "signs" / SIGNS_FILE) @ torch.ones(70, 1)
@@ -89,7 +92,8 @@ def check_loading(draw, originals, tmp_path, kind):
     damage(draw, folder)
     if kind == "orthogonal" and draw(st.booleans()):
         restate(folder)
-    load = import_peft if kind == "published" else load_adapter
+    load = {"published": import_peft, "plain": partial(import_peft, plain_lora=True)}
+    load = load.get(kind, load_adapter)
     model = Layers()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     files = tree(tmp_path)
@@ -150,7 +154,7 @@ def check_signs(draw, originals, tmp_path):
     assert tree(folder) == files
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published"])
+@pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published", "plain"])
 def test_an_adapter_loads_or_is_named(originals, tmp_path, kind):
     with bounded_memory(200):
         settings(LITTLE, max_examples=60)(
@@ -171,7 +175,7 @@ def test_a_base_model_is_merged_or_named(originals, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published"])
+@pytest.mark.parametrize("kind", ["orthogonal", "lora-xs", "published", "plain"])
 def test_ten_thousand_adapters(originals, tmp_path, kind):
     with bounded_memory(300):
         settings(MUCH)(
