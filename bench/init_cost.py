@@ -15,10 +15,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from bench.contenders_init import CONTENDERS
-from lorasb_kernels.files import replacing
+from lorasb_kernels.files import replacing, write_text
+from lorasb_kernels.profiling.environment import environment
 
 CURVE = ("plain, targets only", "resident", "layerwise")
 
@@ -122,9 +126,12 @@ def main() -> None:
     curve = [r for r in whole if r["contender"] in CURVE]
     for layers in arguments.blocks:
         curve += in_turns(CURVE, layers, arguments.samples, arguments.turns)
-    text = json.dumps({"whole model": whole, "by number of blocks": curve}, indent=1)
-    with replacing(arguments.output_dir / "init_cost.json") as building:
-        building.write_text(text)
+    record = {
+        "environment": asdict(environment(torch.device("cpu"))),
+        "whole model": whole,
+        "by number of blocks": curve,
+    }
+    write_text(arguments.output_dir / "init_cost.json", json.dumps(record, indent=1) + "\n")
     plot(curve, arguments.output_dir / "init_cost.png")
     print(table(whole))
 

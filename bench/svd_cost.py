@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from bench.init_process import headline_batches, load
 from lorasb_kernels import SignMatrix
 from lorasb_kernels.files import write_text
 from lorasb_kernels.init import estimate_updates, truncated_svd
+from lorasb_kernels.profiling.environment import environment
 from lorasb_kernels.targets import find_targets
 
 ACCURACY = 0.9999
@@ -109,7 +111,10 @@ def table(results: list[dict]) -> str:
         ]
         needed = [row["svd_lowrank niter at equal accuracy"] for row in rows]
         missed = None in needed
-        niter = f"> {ITERATIONS[-1]}" if missed else f"{min(needed)}–{max(needed)}"
+        if missed:
+            niter = f"> {ITERATIONS[-1]}"
+        else:
+            niter = "–".join(map(str, sorted({min(needed), max(needed)})))
         lines.append(
             f"| {kind} | {shape} | {r} | {milliseconds[0]} "
             f"| {min(row['svd_lowrank captured'] for row in rows):.5f} "
@@ -138,7 +143,8 @@ def main() -> None:
             row = {"kind": kind} | measure(signs, dense, best, r, arguments.turns)
             results.append(row)
         print(f"{i + 1} of {len(matrices)} matrices", file=sys.stderr)
-    write_text(arguments.output_dir / "svd_cost.json", json.dumps(results, indent=1) + "\n")
+    record = {"environment": asdict(environment(torch.device("cpu"))), "matrices": results}
+    write_text(arguments.output_dir / "svd_cost.json", json.dumps(record, indent=1) + "\n")
     print(table(results))
 
 
