@@ -56,6 +56,26 @@ def lorasb_group(rounded, x, layers, scaling, mask, dropout_p):
     return (*ys, dx, *dRs)
 
 
+def factor_gradient(rounded, left, rows, mask, dropout_p):
+    """leftᵀ drop(rows), summed in fp32."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return (rounded(left.to(dtype).T @ drop(rows.to(dtype), mask, dropout_p)),)
+
+
+def lora(rounded, x, weight, lora_A, lora_B, bias, dy, scaling, mask, dropout_p):
+    """Output and gradients of x, A and B of one layer without a core: R is the identity."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    A, B = rounded(lora_A), rounded(lora_B)
+    core = torch.eye(A.shape[0], dtype=dtype, device=A.device)
+    _, p = shrink(rounded, x, A, core, scaling, mask, dropout_p)
+    (y,) = expand(rounded, x, weight, p, B, bias, EYE, 0.0)
+    _, q = shrink(rounded, dy, B.T, core, scaling, EYE, 0.0)
+    (dx,) = expand(rounded, dy, weight.T, q, A.T, None, mask, dropout_p)
+    (dA,) = factor_gradient(lambda t: t, q, x, mask, dropout_p)
+    (dB,) = factor_gradient(lambda t: t, p, dy, EYE, 0.0)
+    return y, dx, dA, dB.T
+
+
 def sign_accumulate(rounded, acc, grad_output, x, row_weight):
     """acc + (w ⊙ dy)ᵀ x, summed in fp32."""
     dy = grad_output.to(acc.dtype)

@@ -14,6 +14,7 @@ from lorasb_kernels.ops.bitplanes import unpack, words
 from lorasb_kernels.ops.core_backward import core_backward
 from lorasb_kernels.ops.dropout import keep_mask, new_seed
 from lorasb_kernels.ops.expand import expand
+from lorasb_kernels.ops.factor_gradient import factor_gradient
 from lorasb_kernels.ops.shrink import shrink
 from tests.ops.operands import as_tuple, same_bits
 from tests.trust import draws, formulas
@@ -190,6 +191,43 @@ def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
     return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, mask, dropout_p)
 
 
+def try_lora(case: Case, backend: str) -> list[Verdict]:
+    """The public function without a core; A and B are trained, fp32 whatever the rest is."""
+    tokens, n, r = leading_dimensions(case), case.draw(draws.sizes(70)), case.draw(draws.ranks(33))
+    m = case.draw(draws.sizes(70))
+    x = case.operand(*tokens, n, layouts=ANY).requires_grad_()
+    weight = case.operand(m, n, layouts=ANY)
+    A = case.operand(r, n, layouts=ANY, dtype=FP32).requires_grad_()
+    B = case.operand(m, r, layouts=ANY, dtype=FP32).requires_grad_()
+    bias = case.operand(m) if case.draw(st.booleans()) else None
+    dy = case.operand(*tokens, m, layouts=ANY)
+    s = case.draw(draws.scalings())
+    dropout_p, mask = 0.0, formulas.EYE
+    if backend != "cuda":  # which refuses dropout before a trained A
+        dropout_p, _, mask = case.dropout(math.prod(tokens), n)
+
+    def run():
+        torch.manual_seed(case_seed)
+        y = functional.lorasb_linear(x, weight, A, None, B, bias, s, dropout_p, backend=backend)
+        dx, dA, dB = torch.autograd.grad(y, (x, A, B), dy)
+        return y.reshape(-1, m), dx.reshape(-1, n), dA, dB
+
+    case_seed = case.seed
+    flat = (x.reshape(-1, n), weight, A, B, bias, dy.reshape(-1, m))
+    return judged(case, run, formulas.lora, *flat, s, mask, dropout_p)
+
+
+def try_factor_gradient(case: Case, backend: str) -> list[Verdict]:
+    M, k, r = case.draw(draws.rows()), case.draw(draws.sizes()), case.draw(draws.ranks())
+    left, rows = case.operand(M, r, layouts=ROWS), case.operand(M, k, layouts=ROWS)
+    p, seed, mask = 0.0, None, formulas.EYE
+    if backend != "cuda":  # whose kernel has no dropout
+        p, seed, mask = case.dropout(M, k)
+    run = lambda: factor_gradient(left, rows, p, seed, backend)  # noqa: E731
+    case.dtype = FP32  # the sum, whatever the dtype of the operands
+    return judged(case, run, formulas.factor_gradient, left, rows, mask, p)
+
+
 def gradient_operands(case: Case):
     tokens, m, n = leading_dimensions(case), case.draw(draws.sizes(70)), case.draw(draws.sizes())
     dy = case.operand(*tokens, m, layouts=ANY)
@@ -279,6 +317,8 @@ OPERATORS = {
     "expand": try_expand,
     "lorasb_linear": try_lorasb_linear,
     "lorasb_group": try_lorasb_group,
+    "lora": try_lora,
+    "factor_gradient": try_factor_gradient,
     "sign_accumulate_": try_sign_accumulate,
     "sign_gradient": try_sign_gradient,
     "pack_signs": try_pack_signs,

@@ -45,7 +45,8 @@ ratio grows. A clean number where the exact result is NaN or infinite, NaN where
 an element that was not written, and other bits on a second run have no tolerance: they fail.
 
 Signs have no rounding: for `sign_gradient` the number is how far from 0 the exact sum of a wrong
-sign was, in roundings of its terms; `pack_signs` is exact.
+sign was, in roundings of its terms; `pack_signs` is exact. `lora` is `lorasb_linear` without a
+core, its A and B trained in fp32.
 
 {table}
 
