@@ -54,6 +54,39 @@ def test_offsets_beyond_32_bits(backend, device):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_the_second_split_of_more_than_two_to_the_31_numbers(backend, device):
+    """g and h are contiguous, so M·r must be that large: one tile of a dR of absurd rank."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GB of device memory")
+    from lorasb_kernels.ops.core_backward.triton import gradient_kernel
+
+    rows_per_split, r, width = 2**17, 2**14, 16
+    M = rows_per_split + 3
+    memory = far_memory(M * r, torch.float16, device)
+    g, h = (memory[first:].as_strided((M, width), (r, 1)) for first in (0, width))
+    for seed, rows in enumerate((g[:5], h[:5], g[-3:], h[-3:])):
+        rows.copy_(normal(*rows.shape, dtype=torch.float16, device=device, seed=seed).round())
+    partial = far_memory(2 * r * r, torch.float32, device)
+    dR = torch.empty(width * r, dtype=torch.float32, device=device)
+    arrived = torch.zeros(1, dtype=torch.int32, device=device)
+    numbers = (M, r, 2, rows_per_split, SCALING)
+    options = {"BLOCK_R": width, "BLOCK_M": 128 if device.type == "cuda" else 2048, "num_warps": 4}
+    gradient_kernel[(2,)](
+        memory,
+        memory[width:],
+        dR,
+        partial,
+        arrived,
+        *numbers,
+        SPLIT=True,
+        PRECISION="tf32",
+        **options,
+    )
+    expected = SCALING * (g[:5].float().T @ h[:5].float() + g[-3:].float().T @ h[-3:].float())
+    assert torch.equal(dR.as_strided((width, width), (r, 1)), expected), "sums of whole numbers"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_input_shows(bad, backend, device):
     dy, h, lora_B, lora_R = operands(20, 150, 40, torch.float16, device)
