@@ -11,7 +11,7 @@ from lorasb_kernels.functional import pack_signs
 from lorasb_kernels.ops.bitplanes import pack, unpack, words
 from tests.ops.operands import normal
 
-SHAPES = [(1, 1), (3, 31), (5, 32), (7, 33), (1, 300), (70, 97), (64, 256)]
+SHAPES = [(1, 1), (3, 31), (5, 32), (7, 33), (1, 300), (70, 97), (64, 256), (300, 700)]
 
 
 def test_bit_j_of_word_k_is_column_32k_plus_j():

@@ -92,7 +92,7 @@ def test_three_terms_carry_the_dense_operand(transpose, monkeypatch, device):
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_the_reference_unpacks_a_panel_at_a_time(transpose, monkeypatch):
-    monkeypatch.setattr(bitplanes, "PANEL", 512)
+    monkeypatch.setattr(bitplanes, "UNPACKED_AT_ONCE", 512)
     sizes = []
     unpack = bitplanes.unpack
 
@@ -101,7 +101,7 @@ def test_the_reference_unpacks_a_panel_at_a_time(transpose, monkeypatch):
         sizes.append(dense.numel())
         return dense
 
-    monkeypatch.setattr("lorasb_kernels.ops.sign_matmul.reference.unpack", recorded)
+    monkeypatch.setattr(bitplanes, "unpack", recorded)
     S = signs(60, 100, torch.device("cpu"))
     S = S.T if transpose else S
     Z = normal(S.shape[1], 4, dtype=torch.float32, device=torch.device("cpu"))

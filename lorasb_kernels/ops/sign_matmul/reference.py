@@ -1,6 +1,6 @@
 """Product with a packed sign matrix in plain PyTorch, unpacking a panel of rows at a time."""
 
-from lorasb_kernels.ops.bitplanes import panels, unpack
+from lorasb_kernels.ops import bitplanes
 from lorasb_kernels.ops.precision import autocast_disabled
 
 
@@ -8,8 +8,8 @@ from lorasb_kernels.ops.precision import autocast_disabled
 def sign_matmul(positive, negative, dense, columns, transpose):
     m, q = positive.shape[0], dense.shape[1]
     out = dense.new_zeros(columns if transpose else m, q)
-    for rows in panels(m, columns):
-        panel = unpack(positive[rows], negative[rows], columns)
+    for rows in bitplanes.panels(m, columns, bitplanes.UNPACKED_AT_ONCE):
+        panel = bitplanes.unpack(positive[rows], negative[rows], columns)
         if transpose:
             out.addmm_(panel.T, dense[rows])
         else:
