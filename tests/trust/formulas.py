@@ -57,9 +57,10 @@ def lorasb_group(rounded, x, layers, scaling, mask, dropout_p):
 
 
 def factor_gradient(rounded, left, rows, mask, dropout_p):
-    """leftᵀ drop(rows), summed in fp32."""
+    """leftᵀ drop(rows), summed in fp32; the sum of what is kept is scaled."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    return (rounded(left.to(dtype).T @ drop(rows.to(dtype), mask, dropout_p)),)
+    kept = rows.to(dtype) if mask is EYE else torch.where(mask, rows.to(dtype), 0)
+    return (rounded(rounded(left.to(dtype).T @ kept) * (1 / (1 - dropout_p))),)
 
 
 def lora(rounded, x, weight, lora_A, lora_B, bias, dy, scaling, mask, dropout_p):
