@@ -193,10 +193,13 @@ def _ampere_projection(num_stages: int, widest_warps: int):
             448: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
             512: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=2),
         },
+        # Up to rank 256 as many warps as leave 16 bytes of a step of x for each thread.
         {
+            16: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=num_stages),
             64: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=num_stages),
-            128: ProjectionTile(BLOCK_M=32, BLOCK_K=16, num_warps=8, num_stages=num_stages),
-            256: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=num_stages),
+            160: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=num_stages),
+            192: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
+            256: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=2),
             448: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=2),
             512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=widest_warps, num_stages=2),
         },
@@ -206,8 +209,6 @@ def _ampere_projection(num_stages: int, widest_warps: int):
 _HOPPER_PROJECTION = _by_itemsize(
     {
         128: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
-        192: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
-        224: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
     },

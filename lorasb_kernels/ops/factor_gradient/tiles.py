@@ -43,6 +43,11 @@ _HOPPER_HALF = {**_HALF, 256: (FactorTile(8, 4, 64, 64), _HALF[256][1])}
 _SINGLE = {
     64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
     128: (FactorTile(8, 3, 32, 32), FactorTile(8, 3, 32, 32)),
+    # 16 bytes a thread; rank tiles of 32 (160, 224) would spill with 4 warps, of 64 with 2.
+    160: (FactorTile(2, 3, 16, 16), FactorTile(2, 3, 16, 16)),
+    192: (FactorTile(4, 2, 32, 16), FactorTile(4, 2, 32, 16)),
+    224: (FactorTile(2, 3, 16, 16), FactorTile(2, 3, 16, 16)),
+    256: (FactorTile(4, 2, 32, 16), FactorTile(4, 2, 32, 16)),
     320: (FactorTile(4, 2, 16, 16), FactorTile(4, 2, 16, 16)),
     # Here two stages spill a few bytes, and three at 512.
     448: (FactorTile(4, 3, 16, 16), FactorTile(4, 3, 16, 16)),
