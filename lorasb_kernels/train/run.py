@@ -234,8 +234,9 @@ def claim(output_dir: Path, config: TrainConfig, rows: Rows) -> None:
     own, data = config.to_dict(), {"rows": len(rows), "sha256": digest_of(rows)}
     files = {"data.json": data, "config.json": own}
     if not (output_dir / "config.json").exists():
-        for name, value in files.items():
-            write_json(output_dir / name, value)
+        if is_main_process():
+            for name, value in files.items():
+                write_json(output_dir / name, value)
         return
     try:
         known, stored = (read_json(output_dir / name) for name in files)

@@ -29,6 +29,7 @@ from lorasb_kernels.train.loss import token_losses
 from lorasb_kernels.train.manifest import seal
 
 STAGING = ".checkpoint"
+REMAINS = (STAGING, ".adapter.*", ".*.json.*", "adapter/.*.json.*", "adapter/.*.safetensors.*")
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -227,9 +228,12 @@ def initial_step(config: TrainConfig, args: TrainingArguments, samples: int) -> 
 
 def remove_remains(output_dir: Path) -> None:
     """Removes what a killed run was writing or deleting."""
-    for pattern in (STAGING, ".adapter.*"):
+    for pattern in REMAINS:
         for path in output_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

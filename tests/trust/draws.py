@@ -10,6 +10,9 @@ SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 0.0)
 # Powers of ten that leave room for a product of two operands; fp16 ends at 6.5e4 and 6e-8.
 POWERS = {torch.float16: (-7, 4), torch.bfloat16: (-20, 20), torch.float32: (-20, 20)}
 
+# Larger fp32 numbers are infinite to tensor cores, and so to products of three tf32 terms.
+LARGEST_TF32 = (2 - 2.0**-10) * 2.0**127
+
 
 @dataclass(frozen=True)
 class Fill:
@@ -92,7 +95,8 @@ def make(
 
 def _number(value: float | str, dtype: torch.dtype) -> float:
     limits = torch.finfo(dtype)
-    named = {"denormal": limits.smallest_normal / 8, "largest": limits.max}
+    largest = LARGEST_TF32 if dtype == torch.float32 else limits.max
+    named = {"denormal": limits.smallest_normal / 8, "largest": largest}
     return named.get(value, value)
 
 

@@ -153,7 +153,7 @@ class Runs:
         status, error = forked(lambda: self.train(folder))
         result = folder / "result.json"
         losses = json.loads(result.read_text())["losses"] if result.exists() else None
-        left = sorted(path.name for path in folder.glob(".*"))
+        left = sorted(path.name for path in folder.rglob(".*"))
         return {"status": status, "error": error, "losses": losses, "remains": left}
 
     def fault(self, kind: str, value) -> dict:

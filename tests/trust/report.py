@@ -46,7 +46,8 @@ an element that was not written, and other bits on a second run have no toleranc
 
 Signs have no rounding: for `sign_gradient` the number is how far from 0 the exact sum of a wrong
 sign was, in roundings of its terms; `pack_signs` is exact. `lora` is `lorasb_linear` without a
-core, its A and B trained in fp32.
+core, its A and B trained in fp32. fp32 numbers above 3.4011e38, the largest in tf32, are not drawn:
+the Triton kernels' three tf32 terms take them for infinite.
 
 {table}
 

@@ -6,15 +6,18 @@ checkpoint is lost but by the rule that keeps so many. `killed_runs` makes the f
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lorasb_kernels.files import atomic_folder, replacing
 from lorasb_kernels.train.errors import CheckpointError, ConfigError
 from lorasb_kernels.train.manifest import MANIFEST, check, seal
 from lorasb_kernels.train.run import claim
+from lorasb_kernels.train.trainer import remove_remains
 from tests.train.conftest import sums, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +146,20 @@ def test_other_rows_are_another_run(tmp_path):
         claim(tmp_path, config, sums(7))
     with pytest.raises(ConfigError, match="data is 8 rows"):
         claim(tmp_path, config, sums(9)[1:])
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    """Files and folders under the names that `lorasb_kernels.files` gives what is not whole."""
+    for path in (tmp_path / "data.json", tmp_path / "adapter" / "adapter.safetensors"):
+        with replacing(path) as unfinished:
+            shutil.copy(unfinished, f"{unfinished}2")
+        path.unlink()
+    with atomic_folder(tmp_path / "checkpoint-4"):
+        shutil.copytree(tmp_path, tmp_path / ".adapter.abcd1234")
+    (tmp_path / ".gitignore").write_text("*")
+    remove_remains(tmp_path)
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert kept == {"adapter", "checkpoint-4", ".gitignore"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])

@@ -23,7 +23,7 @@ CONTENDERS = (
 )
 
 RANKS = (8, 16, 32)
-# Learning rates are chosen at the lowest rank; the other ranks and the ablations take them over.
+# Every rank chooses among these; the ablations take over what their baseline chose.
 RATES = {
     "lora-sb": (1e-2, 2.5e-2),
     "lora-xs": (4e-3, 1e-2, 2.5e-2),
@@ -39,8 +39,7 @@ ETA = 5e-4
 FULL = Contender("full", 8, (8e-5, 2e-4, 5e-4))
 METHODS = (
     FULL,
-    *(Contender(method, RANKS[0], rates) for method, rates in RATES.items()),
-    *(Contender(method, r, rate_of=f"{method}-r{RANKS[0]}") for r in RANKS[1:] for method in RATES),
+    *(Contender(method, r, rates) for r in RANKS for method, rates in RATES.items()),
 )
 
 
