@@ -59,7 +59,7 @@ def layerwise(
         for position in reversed(range(len(order))):
             release_free_memory(estimation.device)
             with estimation.step(names):
-                _replay([tape.pop() for tape in tapes], bar)
+                _replay([tape.pop() for tape in tapes], estimation.device, bar)
             if order[position] in order[:position]:
                 continue
             for name in layers_of[order[position]]:
@@ -114,7 +114,7 @@ def _common_order(tapes: list[list[BlockCall]]) -> list[str]:
     return list(orders.pop())
 
 
-def _replay(calls: list[BlockCall], bar) -> None:
+def _replay(calls: list[BlockCall], device: torch.device, bar) -> None:
     calls[0].prefetch()
     norms = []
     while calls:
@@ -122,6 +122,7 @@ def _replay(calls: list[BlockCall], bar) -> None:
         if calls:
             calls[0].prefetch()
         norms += call.replay()
+        release_free_memory(device)
         bar.update()
     first, again = torch.tensor([(a.item(), b.item()) for a, b in norms]).reshape(-1, 2).T
     if not torch.allclose(first, again, rtol=1e-5, atol=0, equal_nan=True):

@@ -27,13 +27,14 @@ def test_pages_between_tensors_that_stay_go_back_to_the_system():
     assert all(tensor.eq(1).all() for tensor in tensors)
 
 
-def test_layerwise_releases_memory_after_each_batch_and_before_each_block(monkeypatch):
+def test_layerwise_releases_memory_after_each_call_and_before_each_block(monkeypatch):
     released = []
     monkeypatch.setattr("lorasb_kernels.init.layerwise.release_free_memory", released.append)
     model = Stack()
     options = {"strategy": "layerwise", "loss_fn": stack_loss}
     list(estimate_updates(model, stack_batches(), linear_names(model), **options))
-    assert released == [CPU] * (len(stack_batches()) + len(model.blocks))
+    batches, blocks = len(stack_batches()), len(model.blocks)
+    assert released == [CPU] * (batches + blocks * (1 + batches))
 
 
 def test_free_memory_of_the_host_is_known_where_linux_tells_it():
