@@ -33,21 +33,22 @@ Written by `python -m tests.trust.report`; {machine}.
 
 Each number is the worst that was seen of
 
-    contract   err(out) / 2·(err(eager) + eps·|exact| + 2⁻²³·terms)      whole tensor
+    contract   err(out) / 2·(err(eager) + eps·|exact| + luck·terms)      whole tensor
     elements   err(out) / (2·err(eager) + 8·eps·terms)                   each element by itself
 
-against float64 on the CPU, by maximum and by norm; 1 is the limit. `eager` is the same formula
-in plain PyTorch in the same dtypes, `terms` the sum of the magnitudes that were added, `eps`
-that of the dtype (`tests/trust/judging.py`). Sizes, ranks from 1 to 70, strides, scalings,
-dropout, leading dimensions, magnitudes from 1e-20 to 1e20 (fp16: 1e-7 to 1e4) and the places
-of NaN, infinities, denormals and zeros are drawn by hypothesis, which is steered to where the
-ratio grows. A clean number where the exact result is NaN or infinite, NaN where it is finite,
-an element that was not written, and other bits on a second run have no tolerance: they fail.
+against float64 on the CPU, by maximum and by norm; 1 is the limit. `eager` is the same formula in
+plain PyTorch in the same dtypes, `terms` the sum of the magnitudes that were added, `eps` that of
+the dtype, `luck` 2⁻²³, or eps/2 for up to 16 elements (`tests/trust/judging.py`). Sizes, ranks
+from 1 to 70, strides, scalings, dropout, leading dimensions, magnitudes from 1e-20 to 1e20 (fp16:
+1e-7 to 1e4) and the places of NaN, infinities, denormals and zeros are drawn by hypothesis, which
+is steered to where the ratio grows. A clean number where the exact result is NaN or infinite, NaN
+where it is finite, an element that was not written, and other bits on a second run have no
+tolerance: they fail.
 
 Signs have no rounding: for `sign_gradient` the number is how far from 0 the exact sum of a wrong
 sign was, in roundings of its terms; `pack_signs` is exact. `lora` is `lorasb_linear` without a
-core, its A and B trained in fp32. fp32 numbers above 3.4011e38, the largest in tf32, are not drawn:
-the Triton kernels' three tf32 terms take them for infinite.
+core, its A and B trained in fp32. fp32 numbers above 3.4011e38, the largest in tf32, are not
+drawn: the Triton kernels' three tf32 terms take them for infinite.
 
 {table}
 
