@@ -29,8 +29,13 @@ class Fill:
     layout: str = "contiguous"
 
 
-def fills(dtype: torch.dtype, layouts: tuple[str, ...] = ("contiguous",), plain: bool = False):
-    """Fills of an operand; `plain` ones are finite and of size 1."""
+def fills(
+    dtype: torch.dtype,
+    layouts: tuple[str, ...] = ("contiguous",),
+    plain: bool = False,
+    largest: bool = True,
+):
+    """Fills of an operand; `plain` ones are finite and of size 1, `largest` ones may overflow."""
     layout = st.sampled_from(layouts)
     if plain:
         return st.builds(Fill, layout=layout)
@@ -38,7 +43,8 @@ def fills(dtype: torch.dtype, layouts: tuple[str, ...] = ("contiguous",), plain:
     power = st.just(0) | st.integers(*POWERS[dtype])
     kind = st.sampled_from(("normal", "normal", "normal", "zero", "constant", "rows"))
     element = st.tuples(
-        st.floats(0, 1, exclude_max=True), st.sampled_from((*SPECIAL, "denormal", "largest"))
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from((*SPECIAL, "denormal", *(["largest"] if largest else []))),
     )
     spoilt = st.just(()) | st.lists(element, max_size=3).map(tuple)
     return st.builds(Fill, power, kind, spoilt, layout)

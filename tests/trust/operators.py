@@ -37,10 +37,10 @@ class Case:
     def draw(self, strategy):
         return self.data(strategy)
 
-    def operand(self, *shape: int, layouts=("contiguous",), dtype=None, plain=False):
+    def operand(self, *shape, layouts=("contiguous",), dtype=None, plain=False, largest=True):
         """A tensor of size about 1 / sqrt(columns) for two dimensions or more."""
         dtype = dtype or self.dtype
-        fill = self.draw(draws.fills(dtype, layouts, plain))
+        fill = self.draw(draws.fills(dtype, layouts, plain, largest))
         self.seed += 1
         return draws.make(fill, shape, dtype, self.device, self.seed)
 
@@ -170,11 +170,11 @@ def try_lorasb_linear(case: Case, backend: str) -> list[Verdict]:
 def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
     """Two or three layers on one input.
 
-    Their factors are finite and of size 1: the layers share one product with R, in which a
-    factor that is not finite reaches its siblings.
+    Their factors are finite and of size 1, and no x Aᵀ overflows: the layers share one product
+    with R, in which what is not finite reaches the siblings.
     """
     tokens, n, r = leading_dimensions(case), case.draw(draws.sizes(70)), case.draw(draws.ranks(20))
-    x = case.operand(*tokens, n, layouts=ANY).requires_grad_()
+    x = case.operand(*tokens, n, layouts=ANY, largest=False).requires_grad_()
     layers = [layer(case, tokens, n, r, plain=True) for _ in range(case.draw(st.integers(1, 3)))]
     s = case.draw(draws.scalings())
     dropout_p, _, mask = case.dropout(math.prod(tokens), n)

@@ -89,7 +89,8 @@ def lorasb_group(
     """Applies G adapted layers that read the same input (q, k, v; gate, up).
 
     Equals G calls of `lorasb_linear`, but reads `x` once for all the adapters and gathers
-    the input gradients in place. Under dropout the layers share one mask.
+    the input gradients in place. Under dropout the layers share one mask. They share the product
+    with R, too, so that where one layer's factors or `x Aᵢᵀ` are not finite, none is.
 
     Args:
         x: [..., n].
