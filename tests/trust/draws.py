@@ -108,16 +108,21 @@ def _number(value: float | str, dtype: torch.dtype) -> float:
 
 def lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values: `contiguous`, `padded` (in a wider buffer of NaN), `transposed` (the
-    first of two dimensions is contiguous) or `stepped` (every other row and column)."""
+    first of two dimensions is contiguous) or `stepped` (every other row and column).
+
+    In bf16 on the CPU the gaps are 0: there torch's own product reads past the end of strided
+    rows and multiplies what it finds by 0, so that NaN beside a view reaches the result.
+    """
+    gap = 0.0 if (values.dtype, values.device.type) == (torch.bfloat16, "cpu") else math.nan
     if layout == "contiguous" or values.dim() < 2:
         return values
     if layout == "transposed":
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "padded":
-        buffer = values.new_full((*values.shape[:-1], values.shape[-1] + 5), math.nan)
+        buffer = values.new_full((*values.shape[:-1], values.shape[-1] + 5), gap)
         view = buffer[..., 3:-2]
     else:
         shape = [2 * size for size in values.shape[-2:]]
-        buffer = values.new_full((*values.shape[:-2], *shape), math.nan)
+        buffer = values.new_full((*values.shape[:-2], *shape), gap)
         view = buffer[..., ::2, ::2]
     return view.copy_(values)
