@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.contenders_init import CONTENDERS
-from lorasb_kernels.files import replacing, write_text
+from lorasb_kernels.utils.files import replacing, write_text
 from lorasb_kernels.profiling.environment import environment
 
 CURVE = ("plain, targets only", "resident", "layerwise")

@@ -26,7 +26,7 @@ from torch import nn
 
 from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.config import LoRASBConfig
-from lorasb_kernels.files import read_json, write_tensors, write_text
+from lorasb_kernels.utils.files import read_json, write_tensors, write_text
 from lorasb_kernels.hub import local_folder
 from lorasb_kernels.nn import LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, quantization_of

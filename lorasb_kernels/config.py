@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasb_kernels.files import write_text
+from lorasb_kernels.utils.files import write_text
 
 # What is trained: the core alone, or A and B without a core.
 CORE_INITS = ("lora-sb", "lora-xs", "orthogonal", "noise", "kaiming-svd", "scaled-b")

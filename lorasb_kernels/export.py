@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.checkpoint import layers_of
-from lorasb_kernels.files import write_tensors, write_text
+from lorasb_kernels.utils.files import write_tensors, write_text
 from lorasb_kernels.targets import find_saved_modules, matches_suffix
 
 CONFIG_FILE = "adapter_config.json"

@@ -24,9 +24,9 @@ from lorasb_kernels.checkpoint import (
     check_tensors,
     read_adapter,
 )
-from lorasb_kernels.files import atomic_folder, read_json, write_tensors
+from lorasb_kernels.utils.files import atomic_folder, read_json, write_tensors
 from lorasb_kernels.hub import local_folder
-from lorasb_kernels.progress import progress_bar
+from lorasb_kernels.utils.progress import progress_bar
 from lorasb_kernels.rebuilding import check_rebuilt, factor_probes, rebuild_factors
 
 INDEX_FILE = "model.safetensors.index.json"

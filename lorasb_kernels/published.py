@@ -16,7 +16,7 @@ from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.checkpoint import check_tensors, read_tensors, saved_tensors
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.export import CONFIG_FILE, PREFIX, TENSORS_FILE, shortest_names
-from lorasb_kernels.files import read_json
+from lorasb_kernels.utils.files import read_json
 from lorasb_kernels.hub import local_folder
 from lorasb_kernels.targets import (
     check_adaptable,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasb_kernels.files import replacing, write_text
+from lorasb_kernels.utils.files import replacing, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

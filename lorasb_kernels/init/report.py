@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorasb_kernels.files import replacing
+from lorasb_kernels.utils.files import replacing
 from lorasb_kernels.init.svd import TruncatedSVD
 
 LEADING = 3  # singular values shown

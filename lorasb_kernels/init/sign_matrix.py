@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorasb_kernels.files import write_tensors
+from lorasb_kernels.utils.files import write_tensors
 from lorasb_kernels.ops.bitplanes import WORD, check_planes, unpack, words
 from lorasb_kernels.ops.pack_signs import pack_signs
 from lorasb_kernels.ops.sign_matmul import sign_matmul

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorasb_kernels.files import write_text
+from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.ops.core_backward.triton import gradient_kernel
 from lorasb_kernels.ops.expand_resources import EXPAND_KERNELS
 from lorasb_kernels.ops.factor_gradient.tiles import factor_tile

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from lorasb_kernels.files import write_text
+from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.expand.route import (
     FORMAT,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasb_kernels.profiling.results import Results
-from lorasb_kernels.profiling.tables import markdown_table
+from lorasb_kernels.utils.tables import markdown_table
 from lorasb_kernels.profiling.timing import median
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasb_kernels.files import replacing
+from lorasb_kernels.utils.files import replacing
 from lorasb_kernels.profiling.results import Results, Row
 
 

@@ -6,10 +6,10 @@ Shows the newest results of each GPU, and nothing that is not in the database.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lorasb_kernels.files import write_text
+from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.profiling.plots import draw_plots
 from lorasb_kernels.profiling.results import Results, Row
-from lorasb_kernels.profiling.tables import markdown_table, seconds, size
+from lorasb_kernels.utils.tables import markdown_table, seconds, size
 
 HEAD = """# Benchmarks
 

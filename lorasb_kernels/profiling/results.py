@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasb_kernels.files import write_text
+from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.profiling.environment import Environment
 
 FORMAT = 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lorasb_kernels.files import write_tensors
+from lorasb_kernels.utils.files import write_tensors
 
 
 def save_state(path: Path, state: Any) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from lorasb_kernels.files import write_tensors
+from lorasb_kernels.utils.files import write_tensors
 from lorasb_kernels.optim import PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
 from lorasb_kernels.train.checkpoint_state import load_state, save_state

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from lorasb_kernels.files import atomic_folder
+from lorasb_kernels.utils.files import atomic_folder
 from lorasb_kernels.train import comparison
 from lorasb_kernels.train.demo import assets, compare, headlines, sarcasm
 from lorasb_kernels.train.encoding import Encoder

@@ -42,7 +42,7 @@ def _merge_classifier(options: argparse.Namespace, output: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from lorasb_kernels import load_adapter, merge_and_unload
-    from lorasb_kernels.files import atomic_folder
+    from lorasb_kernels.utils.files import atomic_folder
 
     model = AutoModelForSequenceClassification.from_pretrained(
         options.model, dtype="auto", num_labels=options.num_labels

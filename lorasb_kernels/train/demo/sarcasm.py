@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lorasb_kernels import merge_and_unload
-from lorasb_kernels.files import atomic_folder
+from lorasb_kernels.utils.files import atomic_folder
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.demo import assets, headlines

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written beside their place, then renamed into it."""
+"""Files appear whole or not at all: written to a temporary file in the same folder, then renamed."""
 
 import json
 import os
@@ -84,6 +84,11 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_tensors(
     path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
@@ -102,4 +107,11 @@ def write_tensors(
             raise OSError(f"{path} cannot be written: {error}") from error
 
 
-__all__ = ["atomic_folder", "read_json", "replacing", "write_tensors", "write_text"]
+__all__ = [
+    "atomic_folder",
+    "read_json",
+    "replacing",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]

@@ -1,0 +1,1 @@
+"""What any room may use: files that appear whole, progress bars, tables."""
