@@ -13,7 +13,7 @@ import torch
 
 from bench.recording import Case, Measurement, ReplayClock, rows
 from lorasb_kernels.profiling import results
-from lorasb_kernels.profiling.environment import environment
+from bench.environment import environment
 from lorasb_kernels.profiling.results import Row
 from lorasb_kernels.profiling.roofline import Ceilings, measure_ceilings
 

@@ -22,7 +22,7 @@ import torch
 
 from bench.contenders_init import CONTENDERS
 from lorasb_kernels.utils.files import replacing, write_text
-from lorasb_kernels.profiling.environment import environment
+from bench.environment import environment
 
 CURVE = ("plain, targets only", "resident", "layerwise")
 

@@ -24,7 +24,7 @@ from bench.init_process import headline_batches, load
 from lorasb_kernels import SignMatrix
 from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.init import estimate_updates, truncated_svd
-from lorasb_kernels.profiling.environment import environment
+from bench.environment import environment
 from lorasb_kernels.targets import find_targets
 
 ACCURACY = 0.9999

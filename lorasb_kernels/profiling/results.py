@@ -10,14 +10,45 @@ A row is one number. `quantity` says what it is (`"time"`, `"bandwidth"`, …), 
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorasb_kernels.utils.files import write_text
-from lorasb_kernels.profiling.environment import Environment
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The columns of a result that are the same for a whole run.
+
+    Args:
+        gpu: the driver's name of the device, or `"cpu: <model>"`.
+        driver: version of the driver; empty on a CPU.
+        torch: version.
+        triton: version; empty where it is not installed.
+        commit: short hash, with `+` where the working tree differs from it; `"unknown"`.
+        date: UTC, ISO 8601 to the minute.
+    """
+
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+    @property
+    def folder(self) -> str:
+        """The device's name as a folder's."""
+        return re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
+
+    @property
+    def file(self) -> str:
+        """`<gpu>/<date>-<commit>.json`, the place of the results in the database."""
+        return f"{self.folder}/{self.date[:10]}-{self.commit.replace('+', '-changed')}.json"
 
 
 @dataclass(frozen=True)
@@ -150,4 +181,4 @@ def read_all(path: str | Path) -> list[Results]:
     )
 
 
-__all__ = ["COLUMNS", "Results", "Row", "read", "read_all", "write"]
+__all__ = ["COLUMNS", "Environment", "Results", "Row", "read", "read_all", "write"]

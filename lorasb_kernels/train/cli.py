@@ -17,7 +17,6 @@ COMMANDS = {
     "explain": "show which backend, route and tiles a layer would run with",
     "tune": "measure the routes of the frozen product on this GPU and save them",
     "profile": "show what adapted layers cost on this GPU, or predict it for another",
-    "bench": "render benchmark results, or compare two sets of them",
     "merge": "merge an adapter into its base model and save a plain model",
     "version": "show the versions of the library and of what it runs on",
 }

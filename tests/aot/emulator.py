@@ -51,7 +51,7 @@ class EmulatedKernel:
         def launch(*arguments, **constants):
             from ptxcheck.triton_front import TritonKernel
 
-            from lorasb_kernels.ops.resources import compile_kernel
+            from bench.kernel_resources.report import compile_kernel
 
             values = dict(zip(self.arg_names, arguments, strict=False))
             types = {name: _type_of(value) for name, value in values.items()}

@@ -53,7 +53,7 @@ def test_a_barrier_stands_between_the_stores_and_the_count():
 
 def main() -> None:
     """Prints the order for the kernel above and for one that sums partials, on two devices."""
-    from lorasb_kernels.ops.resources import compile_kernel, compile_variant, variants
+    from bench.kernel_resources.report import compile_kernel, compile_variant, variants
 
     pointers = dict.fromkeys(("x_ptr", "partial_ptr", "y_ptr"), "*fp32")
     arguments = {**pointers, "arrived_ptr": "*i32", "blocks": 7}

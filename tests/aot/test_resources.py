@@ -23,7 +23,7 @@ LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 2
 def reports(*arguments: str) -> list[dict]:
     """Compiles in a process of its own: this one may have the interpreter's kernels."""
     completed = subprocess.run(
-        [sys.executable, "-m", "lorasb_kernels.ops.resources", "--json", *arguments],
+        [sys.executable, "-m", "bench.kernel_resources.report", "--json", *arguments],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,

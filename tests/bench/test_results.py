@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_kernels.profiling.changes import changes, changes_table
+from bench import changes as changes_tool
+from bench import report as report_tool
+from bench.changes import changes, changes_table
 from lorasb_kernels.profiling.costs import WAYS
-from lorasb_kernels.profiling.environment import Environment
 from lorasb_kernels.profiling.gpus import GPUS
 from lorasb_kernels.profiling.prediction import prediction_errors
-from lorasb_kernels.profiling.report import render
-from lorasb_kernels.profiling.results import Row, read, read_all, write
+from bench.report import render
+from lorasb_kernels.profiling.results import Environment, Row, read, read_all, write
 from lorasb_kernels.profiling.roofline import datasheet_ceilings
 from lorasb_kernels.profiling.shapes import PRESETS
-from lorasb_kernels.train.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = Environment(
@@ -185,10 +185,10 @@ def test_the_error_of_the_prediction_is_that_of_the_measurements(tmp_path):
 def test_commands(tmp_path, capsys):
     write(tmp_path / "a", WHERE, timing(10.0))
     write(tmp_path / "b", WHERE, timing(12.0))
-    assert main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    changes_tool.main([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "+20.0%" in capsys.readouterr().out
     docs = str(tmp_path / "docs")
-    assert main(["bench", "report", "--results", str(tmp_path / "a"), "--docs", docs]) == 0
+    report_tool.main(["--results", str(tmp_path / "a"), "--docs", docs])
     assert (tmp_path / "docs" / "benchmarks.md").exists()
-    assert main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
-    assert "neither a results file nor a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="neither a results file nor a folder"):
+        changes_tool.main([str(tmp_path / "a"), str(tmp_path / "none")])

@@ -37,7 +37,7 @@ def test_emulated(kernel):
 
 def check_resources(*options: str) -> None:
     """No spills, within the shared memory of a block, and loads of 16 bytes kept in flight."""
-    reports = json.loads(run("lorasb_kernels.ops.resources", "--json", *options))
+    reports = json.loads(run("bench.kernel_resources.report", "--json", *options))
     assert reports
     limits = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}
     for report in reports:

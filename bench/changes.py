@@ -1,11 +1,15 @@
-"""What got faster or slower between two sets of results, beyond their noise."""
+"""What got faster or slower between two sets of results, beyond their noise.
 
+    python -m bench.changes before.json after.json [--all]
+"""
+
+import argparse
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorasb_kernels.profiling.results import Results
+from lorasb_kernels.profiling.results import Results, read_all
 from lorasb_kernels.utils.tables import markdown_table
 from lorasb_kernels.profiling.timing import median
 
@@ -122,4 +126,21 @@ def changes_table(found: Sequence[Change], all_rows: bool = False) -> str:
     return f"{table}{quiet} of {len(found)} timings did not change beyond noise"
 
 
-__all__ = ["Change", "changes", "changes_table"]
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table of changes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("before", help="results file, or a folder of runs of the same code")
+    parser.add_argument("after", help="likewise")
+    parser.add_argument("--all", action="store_true", help="show changes within noise too")
+    options = parser.parse_args(arguments)
+    try:
+        found = changes(read_all(options.before), read_all(options.after))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    print(changes_table(found, options.all))
+
+
+__all__ = ["Change", "changes", "changes_table", "main"]
+
+if __name__ == "__main__":
+    main()

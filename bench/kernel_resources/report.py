@@ -4,8 +4,8 @@ Compiles every kernel with every shipped tile ahead of time and reads the result
 resource usage by `cuobjdump`, which Triton carries, and the PTX for tensor-core instructions
 and the width of the asynchronous copies.
 
-    python -m lorasb_kernels.ops.resources --dtype bfloat16 float32 --write FILE
-    python -m lorasb_kernels.ops.resources --arch sm_86 --kernel expand --json
+    python -m bench.kernel_resources.report --dtype bfloat16 float32 --write FILE
+    python -m bench.kernel_resources.report --arch sm_86 --kernel expand --json
 
 Triton's interpreter must be off: it replaces the kernels as they are imported.
 """
@@ -27,11 +27,11 @@ from triton.compiler import ASTSource
 
 from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.ops.core_backward.triton import gradient_kernel
-from lorasb_kernels.ops.expand_resources import EXPAND_KERNELS
+from bench.kernel_resources.expand_cases import EXPAND_KERNELS
 from lorasb_kernels.ops.factor_gradient.tiles import factor_tile
 from lorasb_kernels.ops.factor_gradient.triton import factor_gradient_kernel
 from lorasb_kernels.ops.projection import projection_kernel
-from lorasb_kernels.ops.sign_resources import SIGN_KERNELS
+from bench.kernel_resources.sign_cases import SIGN_KERNELS
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     Tile,
@@ -284,7 +284,7 @@ def markdown(reports: list[Report]) -> str:
         "# Registers, shared memory and occupancy of the Triton kernels",
         "",
         f"Compiled ahead of time by Triton {triton.__version__}, not measured; written by",
-        "`python -m lorasb_kernels.ops.resources --dtype bfloat16 float32 --write FILE`. float16",
+        "`python -m bench.kernel_resources.report --dtype bfloat16 float32 --write FILE`. float16",
         "has bfloat16's tiles and sizes.",
         "Stack is what a thread spills, in bytes. Blocks and occupancy are for a multiprocessor;",
         "occupancy is the share of its warp slots. Dynamic shapes and strides divisible by 16.",

@@ -1,24 +1,27 @@
 """`docs/benchmarks.md` from the results database: tables, and the plots of `plots.py`.
 
+    python -m bench.report [--results bench/results] [--docs docs]
+
 Shows the newest results of each GPU, and nothing that is not in the database.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasb_kernels.utils.files import write_text
-from lorasb_kernels.profiling.plots import draw_plots
-from lorasb_kernels.profiling.results import Results, Row
+from bench.plots import draw_plots
+from lorasb_kernels.profiling.results import Results, Row, read_all
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
 
 HEAD = """# Benchmarks
 
-Written by `lorasb bench report` from the results database, `bench/results/`. `make gpu` measures
+Written by `python -m bench.report` from the results database, `bench/results/`. `make gpu` measures
 on one GPU in at most nine minutes and adds to it; see [the A6000 guide](a6000.md) for the how.
 
 Times are medians of interleaved bursts over operands larger than the L2 cache, forward and
 backward with the input gradient where it says "both". Overhead is the time over that of the
-frozen layer in the same run. `lorasb bench compare` says what a change did.
+frozen layer in the same run. `python -m bench.changes` says what a change did.
 """
 NOTHING = """
 **Not measured.** There are no results of a GPU in the database yet, so there is no number to
@@ -180,4 +183,21 @@ SECTIONS = (
     ("Initialization", init_table),
 )
 
-__all__ = ["render"]
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the page and its plots, and prints their names."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", default="bench/results", help="default bench/results")
+    parser.add_argument("--docs", default="docs", help="folder to write into, default docs")
+    options = parser.parse_args(arguments)
+    try:
+        for path in render(read_all(options.results), options.docs):
+            print(path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+__all__ = ["main", "render"]
+
+if __name__ == "__main__":
+    main()

@@ -4,45 +4,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from lorasb_kernels.profiling.results import Environment
 
-
-@dataclass(frozen=True)
-class Environment:
-    """The columns of a result that are the same for a whole run.
-
-    Args:
-        gpu: the driver's name of the device, or `"cpu: <model>"`.
-        driver: version of the driver; empty on a CPU.
-        torch: version.
-        triton: version; empty where it is not installed.
-        commit: short hash, with `+` where the working tree differs from it; `"unknown"`.
-        date: UTC, ISO 8601 to the minute.
-    """
-
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
-
-    @property
-    def folder(self) -> str:
-        """The device's name as a folder's."""
-        return re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
-
-    @property
-    def file(self) -> str:
-        """`<gpu>/<date>-<commit>.json`, the place of the results in the database."""
-        return f"{self.folder}/{self.date[:10]}-{self.commit.replace('+', '-changed')}.json"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment(device: torch.device) -> Environment:
@@ -95,4 +64,4 @@ def _output(*command: str) -> str:
         return ""
 
 
-__all__ = ["Environment", "commit", "environment"]
+__all__ = ["commit", "environment"]

@@ -1,0 +1,1 @@
+"""Registers, shared memory and spills of every kernel and tile, as compiled ahead of time."""
