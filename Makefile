@@ -50,10 +50,10 @@ numerics: $(VENV)/test.stamp
 	$(PY) -m tests.trust.report
 
 demo: $(VENV)/demo.stamp
-	$(PY) -m lorasb_kernels.train.cli demo
+	$(PY) -m lorasb_kernels.cli.main demo
 
 demo-compare: $(VENV)/test.stamp
-	$(PY) -m lorasb_kernels.train.cli demo-compare
+	$(PY) -m lorasb_kernels.cli.main demo-compare
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .

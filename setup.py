@@ -65,5 +65,5 @@ setup(
         "test": TEST,
         "full": FULL,
     },
-    entry_points={"console_scripts": ["lorasb = lorasb_kernels.train.cli:main"]},
+    entry_points={"console_scripts": ["lorasb = lorasb_kernels.cli.main:main"]},
 )

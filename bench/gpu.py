@@ -206,7 +206,7 @@ def run_benchmark(session: Session, part: str) -> bool:
 def tune(session: Session) -> None:
     """Measures the routes of the frozen product; the benchmarks that follow use them."""
     layers = [word for m, n in TUNED_LAYERS for word in ("--layer", str(m), str(n))]
-    command = python("-m", "lorasb_kernels.train.cli", "tune", str(session.tuning), *layers)
+    command = python("-m", "lorasb_kernels.cli.main", "tune", str(session.tuning), *layers)
     if session.run(*command, "--r", "96", "--tokens", "8192", limit=45) != 0:
         session.say("tune: not finished; the benchmarks run with the routes that are known")
 

@@ -16,7 +16,7 @@ from lorasb_kernels import (
     merge_checkpoint,
     save_adapter,
 )
-from lorasb_kernels.train.cli import main
+from lorasb_kernels.cli.main import main
 from tests.models import batches, build
 
 

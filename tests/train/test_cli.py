@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorasb_kernels
-from lorasb_kernels.train.cli import COMMANDS, main
+from lorasb_kernels.cli.main import COMMANDS, main
 from tests.train.conftest import sums
 
 NOWHERE = ("--model", "/nowhere", "--adapter", "/nowhere")
@@ -33,7 +33,7 @@ def test_help(command, capsys):
 
 def test_help_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; from lorasb_kernels.train.cli import build_parser; build_parser();"
+        "import sys; from lorasb_kernels.cli.main import build_parser; build_parser();"
         "print('transformers' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from lorasb_kernels.train.cli import main
+from lorasb_kernels.cli.main import main
 from tests.train.conftest import reviews
 
 

@@ -1,4 +1,4 @@
-"""The command line: `lorasb <command>`; each command is a module of `commands`."""
+"""The command line: `lorasb <command>`; each command is a module of this folder."""
 
 import argparse
 import importlib
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorasb", description="Fine-tuning with LoRA-SB.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"lorasb_kernels.train.commands.{name.replace('-', '_')}")
+        module = importlib.import_module(f"lorasb_kernels.cli.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(command)
