@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.recording import Case, Measurement
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.packing import PackedCores
+from lorasb_kernels.optim.packed_cores import PackedCores
 from lorasb_kernels.profiling.costs import Cost
 from lorasb_kernels.profiling.timing import interleave, peak_bytes
 

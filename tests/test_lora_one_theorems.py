@@ -9,7 +9,7 @@ import torch
 
 from lorasb_kernels.functional import lorasb_linear
 from lorasb_kernels.init.methods import lora_one
-from lorasb_kernels.optim import PreconditionedAdamW
+from lorasb_kernels.optim.preconditioned import PreconditionedAdamW
 
 N, n, m, RANK = 2000, 24, 18, 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.optim import PreconditionedAdamW, split_parameters
+from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters
 from tests.models import batches, build, few_steps
 
 SHAPES = [(20, 12, 4), (20, 12, 4), (12, 20, 4), (16, 16, 3)]  # m, n, r

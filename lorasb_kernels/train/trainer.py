@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from lorasb_kernels.utils.files import write_tensors
-from lorasb_kernels.optim import PreconditionedAdamW, split_parameters
+from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
 from lorasb_kernels.train.checkpoint_state import load_state, save_state
 from lorasb_kernels.train.config import TrainConfig
