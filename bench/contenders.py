@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorasb_kernels.nn import LoRALinear
+from lorasb_kernels.nn.linear import LoRALinear
 from lorasb_kernels.ops.backend import obstacle as backend_obstacle
 from lorasb_kernels.profiling.workload import Build, Operands, adapted_layers, frozen_layer
 

@@ -9,7 +9,7 @@ MODULES = (
     "lorasb_kernels.functional",
     "lorasb_kernels.init",
     "lorasb_kernels.optim.preconditioned",
-    "lorasb_kernels.quantized",
+    "lorasb_kernels.nn",
     "lorasb_kernels.integrations.peft",
 )
 HEAD = """# API

@@ -28,7 +28,7 @@ from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.utils.files import read_json, write_tensors, write_text
 from lorasb_kernels.hub import local_folder
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, quantization_of
 from lorasb_kernels.rebuilding import check_rebuilt, rebuild, subspace_probes
 from lorasb_kernels.targets import (

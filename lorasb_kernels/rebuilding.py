@@ -13,7 +13,7 @@ import torch
 
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.methods import layer_generator, lora_xs
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.quantization import dense_weight
 
 _FREQUENCIES = (1.0, 1.9, 2.7, 0.3)

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.quantization import check_quantized, quantization_of
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -21,7 +21,7 @@ from lorasb_kernels import (
     merge_checkpoint,
     save_adapter,
 )
-from lorasb_kernels.nn import LoRALinear
+from lorasb_kernels.nn.linear import LoRALinear
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build, few_steps
 

@@ -30,7 +30,7 @@ from lorasb_kernels.init.losses import sample_count
 from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd import GPU, truncated_svd, truncated_svd_batch
-from lorasb_kernels.nn import kaiming_uniform
+from lorasb_kernels.nn.linear import kaiming_uniform
 from lorasb_kernels.quantization import dense_weight
 
 

@@ -8,7 +8,7 @@ import torch
 from lorasb_kernels import LoRASBConfig, adapt
 from lorasb_kernels.init.methods import kaiming_svd, lora_one, lora_sb, scaled_b
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 

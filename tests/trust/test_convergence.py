@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.targets import adapted_layers
 from tests.ops.conftest import ON_GPU
 from tests.ops.operands import same_bits

@@ -135,7 +135,7 @@ class LoRASBLinear(nn.Linear):
             options: keyword arguments of the constructor, from `scaling` to `init`.
 
         Raises:
-            TypeError: a quantized layer; see `lorasb_kernels.quantized`.
+            TypeError: a quantized layer; see `lorasb_kernels.nn.QuantizedLoRASBLinear`.
         """
         layer = cls(
             linear.in_features,
@@ -160,7 +160,7 @@ class LoRASBLinear(nn.Linear):
         if (kind := quantization_of(linear)) is not None:
             raise TypeError(
                 f"linear is quantized ({kind}); expected a plain nn.Linear, or from_linear() of "
-                f"lorasb_kernels.quantized.Quantized{type(self).__name__}"
+                f"lorasb_kernels.nn.Quantized{type(self).__name__}"
             )
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:

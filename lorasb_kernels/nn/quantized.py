@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import FrozenLayer
-from lorasb_kernels.nn import LoRALinear, LoRASBLinear
+from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, prevent_repacking, quantization_of
 
 

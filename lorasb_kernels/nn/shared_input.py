@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import lorasb_group
-from lorasb_kernels.nn import LoRASBLinear
+from lorasb_kernels.nn.linear import LoRASBLinear
 
 # Children of one module that read the same tensor, in the supported architectures.
 SIBLINGS = (
