@@ -1,6 +1,6 @@
 """What got faster or slower between two sets of results, beyond their noise.
 
-    python -m bench.changes before.json after.json [--all]
+python -m bench.changes before.json after.json [--all]
 """
 
 import argparse
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasb_kernels.profiling.results import Results, read_all
-from lorasb_kernels.utils.tables import markdown_table
 from lorasb_kernels.profiling.timing import median
+from lorasb_kernels.utils.tables import markdown_table
 
 
 @dataclass(frozen=True)

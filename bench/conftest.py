@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
+from bench.environment import environment
 from bench.recording import Case, Measurement, ReplayClock, rows
 from lorasb_kernels.profiling import results
-from bench.environment import environment
 from lorasb_kernels.profiling.results import Row
 from lorasb_kernels.profiling.roofline import Ceilings, measure_ceilings
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from bench.contenders_init import CONTENDERS
-from lorasb_kernels.utils.files import replacing, write_text
 from bench.environment import environment
+from lorasb_kernels.utils.files import replacing, write_text
 
 CURVE = ("plain, targets only", "resident", "layerwise")
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasb_kernels.utils.files import replacing
 from lorasb_kernels.profiling.results import Results, Row
+from lorasb_kernels.utils.files import replacing
 
 
 def draw_plots(found: Results, folder: str | Path) -> list[Path]:

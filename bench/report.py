@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lorasb_kernels.utils.files import write_text
 from bench.plots import draw_plots
 from lorasb_kernels.profiling.results import Results, Row, read_all
+from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
 
 HEAD = """# Benchmarks

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
+from bench.environment import environment
 from bench.init_process import headline_batches, load
 from lorasb_kernels import SignMatrix
-from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.init import estimate_updates, truncated_svd
-from bench.environment import environment
 from lorasb_kernels.targets import find_targets
+from lorasb_kernels.utils.files import write_text
 
 ACCURACY = 0.9999
 ITERATIONS = (10, 20, 40, 80, 160, 320)

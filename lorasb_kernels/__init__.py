@@ -21,12 +21,12 @@ _HOME = {
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
     "explain": "lorasb_kernels.explanation",
-    "export_peft": "lorasb_kernels.export",
-    "import_peft": "lorasb_kernels.published",
-    "load_adapter": "lorasb_kernels.checkpoint",
+    "export_peft": "lorasb_kernels.io.peft_format",
+    "import_peft": "lorasb_kernels.io.peft_format",
+    "load_adapter": "lorasb_kernels.io.checkpoint",
     "merge_and_unload": "lorasb_kernels.adaptation",
-    "merge_checkpoint": "lorasb_kernels.merging",
-    "save_adapter": "lorasb_kernels.checkpoint",
+    "merge_checkpoint": "lorasb_kernels.io.merge_checkpoint",
+    "save_adapter": "lorasb_kernels.io.checkpoint",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -9,9 +9,9 @@ from torch import nn
 from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS, SIGN_INITS, LoRASBConfig
 from lorasb_kernels.init.methods import initialize
 from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
-from lorasb_kernels.quantization import quantization_of
 from lorasb_kernels.nn.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
 from lorasb_kernels.nn.shared_input import share_inputs
+from lorasb_kernels.quantization import quantization_of
 from lorasb_kernels.targets import (
     adapted_layers,
     check_adaptable,

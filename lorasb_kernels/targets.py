@@ -187,11 +187,20 @@ def check_rank(name: str, linear: nn.Linear, r: int) -> None:
         raise ValueError(f"r is {r}; expected r <= {limit} for {name}, which is {linear}")
 
 
+def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
+    """The adapted layers of a model that `adapt` returned; ValueError for a plain model."""
+    layers = adapted_layers(model)
+    if not layers or not hasattr(model, "lorasb_config"):
+        raise ValueError("the model holds no adapter; expected a model that adapt() returned")
+    return layers
+
+
 __all__ = [
     "adapted_layers",
     "check_adaptable",
     "check_rank",
     "find_saved_modules",
     "find_targets",
+    "layers_of",
     "refuse_adapted",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lorasb_kernels.checkpoint import digest_of, read_tensors
+from lorasb_kernels.io.tensors import digest_of, read_tensors
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

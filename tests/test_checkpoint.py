@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
-from lorasb_kernels.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE
+from lorasb_kernels.io.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE
 from lorasb_kernels.targets import adapted_layers
 from tests.models import ARCHITECTURES, batches, build
 from tests.rewriting import rewrite

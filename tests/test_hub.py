@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
-from lorasb_kernels.hub import local_folder
+from lorasb_kernels.io.hub import local_folder
 from tests.models import batches, build
 
 LOAD = """

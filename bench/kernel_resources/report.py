@@ -25,13 +25,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorasb_kernels.utils.files import write_text
-from lorasb_kernels.ops.core_backward.triton import gradient_kernel
 from bench.kernel_resources.expand_cases import EXPAND_KERNELS
+from bench.kernel_resources.sign_cases import SIGN_KERNELS
+from lorasb_kernels.ops.core_backward.triton import gradient_kernel
 from lorasb_kernels.ops.factor_gradient.tiles import factor_tile
 from lorasb_kernels.ops.factor_gradient.triton import factor_gradient_kernel
 from lorasb_kernels.ops.projection import projection_kernel
-from bench.kernel_resources.sign_cases import SIGN_KERNELS
 from lorasb_kernels.ops.tiles import (
     ARCHITECTURES,
     Tile,
@@ -39,6 +38,7 @@ from lorasb_kernels.ops.tiles import (
     projection_tile,
     rank_tiles,
 )
+from lorasb_kernels.utils.files import write_text
 
 DTYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)

@@ -12,8 +12,8 @@ tokenizer and the data are read, no weights.
 import argparse
 from pathlib import Path
 
-from lorasb_kernels.config import GRADIENT_INITS
 from lorasb_kernels.cli import train
+from lorasb_kernels.config import GRADIENT_INITS
 from lorasb_kernels.train.config import TrainConfig, load_file, resolve
 from lorasb_kernels.train.encoding import IGNORED
 from lorasb_kernels.train.errors import ConfigError

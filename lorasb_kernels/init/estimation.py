@@ -13,8 +13,8 @@ from lorasb_kernels.init import ranks
 from lorasb_kernels.init.estimation_mode import estimation_mode
 from lorasb_kernels.init.gradient_sums import GradientSums
 from lorasb_kernels.init.losses import summed_loss
-from lorasb_kernels.utils.progress import progress_bar
 from lorasb_kernels.quantization import weight_dtype
+from lorasb_kernels.utils.progress import progress_bar
 
 # Keeps float16 gradients above the smallest float16, 6e-8; a power of two rounds nothing.
 FLOAT16_LOSS_SCALE = 1024.0

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorasb_kernels.utils.files import write_tensors
 from lorasb_kernels.ops.bitplanes import WORD, check_planes, unpack, words
 from lorasb_kernels.ops.pack_signs import pack_signs
 from lorasb_kernels.ops.sign_matmul import sign_matmul
+from lorasb_kernels.utils.files import write_tensors
 
 # Whole numbers up to here are exact in bfloat16.
 GRAM_DEPTH = 256

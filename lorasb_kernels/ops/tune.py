@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import triton
 
-from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.expand.route import (
     FORMAT,
@@ -33,6 +32,7 @@ from lorasb_kernels.ops.tiles import (
     descriptor_candidates,
     expand_tile,
 )
+from lorasb_kernels.utils.files import write_text
 
 
 def tune(

@@ -1,4 +1,4 @@
-"""Optimizers for adapters: LoRA-One's preconditioned AdamW, and all cores packed into one tensor."""
+"""Optimizers for adapters: LoRA-One's preconditioned AdamW, and all cores in one tensor."""
 
 from lorasb_kernels.optim.packed_cores import PackedCores
 from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters

@@ -17,8 +17,8 @@ that works element by element:
 import torch
 from torch import nn
 
-from lorasb_kernels.checkpoint import layers_of
 from lorasb_kernels.config import LORA_INITS
+from lorasb_kernels.targets import layers_of
 
 
 class PackedCores:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lorasb_kernels.nn.linear import LoRASBLinear
+from lorasb_kernels.nn.shared_input import SharedInput
 from lorasb_kernels.profiling.costs import WAYS, Cost
 from lorasb_kernels.profiling.shapes import Layer
 from lorasb_kernels.profiling.timing import copies_past_cache
-from lorasb_kernels.nn.shared_input import SharedInput
 
 
 @dataclass(frozen=True)

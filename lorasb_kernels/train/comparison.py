@@ -16,15 +16,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.profiling.memory_peak import peak_memory
-from lorasb_kernels.utils.tables import markdown_table
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
-from lorasb_kernels.utils.files import write_json
 from lorasb_kernels.train.plots import plot_losses
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Rows, finetune
+from lorasb_kernels.utils.files import write_json, write_text
+from lorasb_kernels.utils.tables import markdown_table
 
 STEP = 2.5  # from one learning rate to the next
 LAST = 0.1  # share of the steps whose mean is the final loss

@@ -8,9 +8,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from lorasb_kernels.utils.files import read_json
 from lorasb_kernels.train.errors import CheckpointError
-from lorasb_kernels.utils.files import write_json
+from lorasb_kernels.utils.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20

@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS
-from lorasb_kernels.utils.files import atomic_folder
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
 from lorasb_kernels.train.loss import sample_mean_loss
+from lorasb_kernels.utils.files import atomic_folder
 
 ADAPTER_FOLDER = "adapter"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorasb_kernels.utils.files import read_json
 from lorasb_kernels.train.batching import Collator, pack
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.data import (
@@ -23,7 +22,6 @@ from lorasb_kernels.train.data import (
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
 from lorasb_kernels.train.evaluation import evaluate
-from lorasb_kernels.utils.files import write_json
 from lorasb_kernels.train.manifest import check
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
 from lorasb_kernels.train.progress import TrainingBar, track
@@ -34,6 +32,7 @@ from lorasb_kernels.train.trainer import (
     remove_remains,
     training_arguments,
 )
+from lorasb_kernels.utils.files import read_json, write_json
 
 Rows = Sequence[Example] | Sequence[Labelled]
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from lorasb_kernels.utils.files import write_tensors
 from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
 from lorasb_kernels.train.checkpoint_state import load_state, save_state
@@ -27,6 +26,7 @@ from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import DivergedError
 from lorasb_kernels.train.loss import token_losses
 from lorasb_kernels.train.manifest import seal
+from lorasb_kernels.utils.files import write_tensors
 
 STAGING = ".checkpoint"
 REMAINS = (STAGING, ".adapter.*", ".*.json.*", "adapter/.*.json.*", "adapter/.*.safetensors.*")

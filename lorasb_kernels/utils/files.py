@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written to a temporary file in the same folder, then renamed."""
+"""Files appear whole or not at all: written to a temporary file in the same folder, renamed."""
 
 import json
 import os

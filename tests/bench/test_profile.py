@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorasb_kernels.cli.main import main
 from lorasb_kernels.profiling.gpus import GPUS
 from lorasb_kernels.profiling.prediction import model_kinds, predict
-from lorasb_kernels.cli.main import main
 
 
 def test_a_prediction_is_marked(capsys):

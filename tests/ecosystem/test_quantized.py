@@ -26,8 +26,8 @@ from lorasb_kernels import (
 from lorasb_kernels.functional import lorasb_linear
 from lorasb_kernels.init import estimate_gradients
 from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
-from lorasb_kernels.quantization import dense_weight, quantization_of
 from lorasb_kernels.nn.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
+from lorasb_kernels.quantization import dense_weight, quantization_of
 from lorasb_kernels.targets import adapted_layers, find_targets
 from tests.ecosystem.quantizers import QUANTIZERS, quantize_model
 from tests.models import batches, build, few_steps

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
+from lorasb_kernels.cli.main import main
 from lorasb_kernels.profiling.memory_peak import peak_memory
 from lorasb_kernels.train import comparison
-from lorasb_kernels.cli.main import main
 from lorasb_kernels.train.comparison import Comparison, Contender, Task
 from lorasb_kernels.train.demo.compare import SUITES
 from lorasb_kernels.train.errors import ConfigError

@@ -6,11 +6,11 @@ import zipfile
 
 import pytest
 
-from lorasb_kernels.utils.files import atomic_folder
 from lorasb_kernels.train import comparison
 from lorasb_kernels.train.demo import assets, compare, headlines, sarcasm
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import AssetError, InputError
+from lorasb_kernels.utils.files import atomic_folder
 
 
 def rows(pairs):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_kernels.utils.files import atomic_folder, replacing
 from lorasb_kernels.train.errors import CheckpointError, ConfigError
 from lorasb_kernels.train.manifest import MANIFEST, check, seal
 from lorasb_kernels.train.run import claim
 from lorasb_kernels.train.trainer import remove_remains
+from lorasb_kernels.utils.files import atomic_folder, replacing
 from tests.train.conftest import sums, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_other_rows_are_another_run(tmp_path):
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    """Files and folders under the names that `lorasb_kernels.utils.files` gives what is not whole."""
+    """Files and folders under the names that `utils.files` gives what is not whole."""
     for path in (tmp_path / "data.json", tmp_path / "adapter" / "adapter.safetensors"):
         with replacing(path) as unfinished:
             shutil.copy(unfinished, f"{unfinished}2")

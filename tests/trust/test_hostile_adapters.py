@@ -16,13 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorasb_kernels import SignMatrix, export_peft, import_peft, load_adapter, merge_checkpoint
-from lorasb_kernels.checkpoint import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    SUBSPACE_FILE,
-    fingerprint_of,
-)
-from lorasb_kernels.export import TENSORS_FILE
+from lorasb_kernels.io.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE, fingerprint_of
+from lorasb_kernels.io.peft_format import TENSORS_FILE
 from lorasb_kernels.targets import adapted_layers
 from tests.rewriting import rewrite
 from tests.trust.conftest import LITTLE, MUCH

@@ -17,8 +17,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasb_kernels.utils.files import atomic_folder
 from lorasb_kernels.train.errors import AssetError
+from lorasb_kernels.utils.files import atomic_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

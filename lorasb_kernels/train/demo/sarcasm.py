@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lorasb_kernels import merge_and_unload
-from lorasb_kernels.utils.files import atomic_folder
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.demo import assets, headlines
@@ -24,6 +23,7 @@ from lorasb_kernels.train.plots import plot_losses
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Clock, Result, finetune
 from lorasb_kernels.train.summary import minutes, standard_error
+from lorasb_kernels.utils.files import atomic_folder
 
 STEPS = 60
 BATCH = 16

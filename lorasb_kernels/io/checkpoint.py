@@ -16,7 +16,6 @@ an adapter meets neither another subspace nor another base model unnoticed, and 
 shows. Files are replaced whole; everything is checked before the model is touched.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -26,17 +25,25 @@ from torch import nn
 
 from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.config import LoRASBConfig
-from lorasb_kernels.utils.files import read_json, write_tensors, write_text
-from lorasb_kernels.hub import local_folder
+from lorasb_kernels.io.hub import local_folder
+from lorasb_kernels.io.lora_xs import check_rebuilt, rebuild, subspace_probes
+from lorasb_kernels.io.tensors import (
+    check_tensors,
+    digest_of,
+    read_tensors,
+    saved_tensors,
+    whole,
+)
 from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.quantization import dense_weight, quantization_of
-from lorasb_kernels.rebuilding import check_rebuilt, rebuild, subspace_probes
 from lorasb_kernels.targets import (
     adapted_layers,
     check_adaptable,
     find_saved_modules,
     find_targets,
+    layers_of,
 )
+from lorasb_kernels.utils.files import read_json, write_tensors, write_text
 
 CONFIG_FILE = "lorasb_config.json"
 SUBSPACE_FILE = "subspace.safetensors"
@@ -207,40 +214,6 @@ def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
     return digest_of(factors or subspace)
 
 
-def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bits of `tensors`."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode("utf-8", "replace"))
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a file that save_adapter wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
-    """The adapted layers of a model that `adapt` returned; ValueError for a plain model."""
-    layers = adapted_layers(model)
-    if not layers or not hasattr(model, "lorasb_config"):
-        raise ValueError("the model holds no adapter; expected a model that adapt() returned")
-    return layers
-
-
 def _subspace(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, layer in layers.items():
@@ -267,20 +240,6 @@ def _trained(
         for factor in layer.trained
     }
     return factors | saved_tensors(saved)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, gathered from all ranks where it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """The tensors of the modules trained whole, by their names in the model."""
-    return {
-        f"{name}.{key}": whole(tensor)
-        for name, module in saved.items()
-        for key, tensor in module.state_dict(keep_vars=True).items()
-    }
 
 
 def _stored(directory: Path) -> tuple[str, LoRASBConfig] | None:
@@ -319,29 +278,6 @@ def _read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def check_tensors(
-    path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> None:
-    """Raises ValueError unless names, shapes and kinds of dtype agree and all is finite."""
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
-    if missing or extra:
-        raise ValueError(f"{path}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}; "
-                f"expected {tuple(expected[name].shape)}"
-            )
-        if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(
-                f"{path}: {name} has dtype {tensor.dtype}; expected {expected[name].dtype}"
-            )
-        # As it will be held: 1e300 in a float64 file is infinite in a float32 layer.
-        if tensor.is_floating_point() and not tensor.to(expected[name].dtype).isfinite().all():
-            raise ValueError(f"{path}: {name} holds non-finite values")
-
-
 def quantizations(layers: dict[str, nn.Module]) -> list[str]:
     """How the frozen weights of `layers` are quantized, each kind once."""
     return sorted({kind for layer in layers.values() if (kind := quantization_of(layer))})
@@ -375,16 +311,11 @@ def check_base(
 
 __all__ = [
     "check_base",
-    "check_tensors",
     "fingerprint_of",
-    "layers_of",
     "load_adapter",
     "quantizations",
     "read_adapter",
-    "read_tensors",
     "save_adapter",
-    "saved_tensors",
     "subspace_fingerprint",
     "trained_tensors",
-    "whole",
 ]

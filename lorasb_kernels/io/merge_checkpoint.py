@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorasb_kernels.checkpoint import (
+from lorasb_kernels.io.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
     SUBSPACE_FILE,
     check_base,
-    check_tensors,
     read_adapter,
 )
+from lorasb_kernels.io.hub import local_folder
+from lorasb_kernels.io.lora_xs import check_rebuilt, factor_probes, rebuild_factors
+from lorasb_kernels.io.tensors import check_tensors
 from lorasb_kernels.utils.files import atomic_folder, read_json, write_tensors
-from lorasb_kernels.hub import local_folder
 from lorasb_kernels.utils.progress import progress_bar
-from lorasb_kernels.rebuilding import check_rebuilt, factor_probes, rebuild_factors
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"

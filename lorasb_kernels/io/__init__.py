@@ -1,0 +1,1 @@
+"""Adapters on disk: our format, peft's, checkpoints merged shard by shard, the hub."""
