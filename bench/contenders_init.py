@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.init import estimate_updates, truncated_svd
-from lorasb_kernels.init.losses import per_sample_loss
+from lorasb_kernels.init.estimation.losses import per_sample_loss
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 

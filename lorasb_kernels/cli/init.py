@@ -42,7 +42,7 @@ def predict(config: TrainConfig) -> str:
     """The prediction for the run that `config` describes, as a table."""
     import torch
 
-    from lorasb_kernels.init.memory import free_memory
+    from lorasb_kernels.init.estimation.memory import free_memory
     from lorasb_kernels.init.predict import Rates, predict_init
     from lorasb_kernels.targets import find_targets
     from lorasb_kernels.train.methods import estimation_batches, heads

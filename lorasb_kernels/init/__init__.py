@@ -5,12 +5,12 @@ import importlib
 _HOME = {
     "InitReport": "lorasb_kernels.init.report",
     "SignMatrix": "lorasb_kernels.init.sign_matrix",
-    "TruncatedSVD": "lorasb_kernels.init.svd",
-    "estimate_gradients": "lorasb_kernels.init.estimate",
-    "estimate_updates": "lorasb_kernels.init.estimate",
+    "TruncatedSVD": "lorasb_kernels.init.svd.truncated",
+    "estimate_gradients": "lorasb_kernels.init.estimation.api",
+    "estimate_updates": "lorasb_kernels.init.estimation.api",
     "predict_init": "lorasb_kernels.init.predict",
-    "truncated_svd": "lorasb_kernels.init.svd",
-    "truncated_svd_batch": "lorasb_kernels.init.svd",
+    "truncated_svd": "lorasb_kernels.init.svd.truncated",
+    "truncated_svd_batch": "lorasb_kernels.init.svd.truncated",
 }
 
 __all__ = list(_HOME)

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from lorasb_kernels.config import SIGN_INITS, LoRASBConfig
-from lorasb_kernels.init import ranks
-from lorasb_kernels.init.estimate import estimate_gradients, estimate_updates
-from lorasb_kernels.init.losses import sample_count
+from lorasb_kernels.init.estimation import ranks
+from lorasb_kernels.init.estimation.api import estimate_gradients, estimate_updates
+from lorasb_kernels.init.estimation.losses import sample_count
 from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.init.svd import GPU, truncated_svd, truncated_svd_batch
+from lorasb_kernels.init.svd.truncated import GPU, truncated_svd, truncated_svd_batch
 from lorasb_kernels.nn.linear import kaiming_uniform
 from lorasb_kernels.quantization import dense_weight
 

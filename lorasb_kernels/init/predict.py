@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorasb_kernels.init.blocks import find_blocks
-from lorasb_kernels.init.memory import accumulator_bytes
+from lorasb_kernels.init.estimation.blocks import find_blocks
+from lorasb_kernels.init.estimation.memory import accumulator_bytes
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.init.svd import truncated_svd
+from lorasb_kernels.init.svd.truncated import truncated_svd
 from lorasb_kernels.quantization import weight_dtype
 
 CALIBRATION = 1024  # width of the matrices that rates are measured with

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorasb_kernels.init.svd import TruncatedSVD
+from lorasb_kernels.init.svd.truncated import TruncatedSVD
 from lorasb_kernels.utils.files import replacing
 
 LEADING = 3  # singular values shown

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorasb_kernels.init import estimate_gradients, estimate_updates
-from lorasb_kernels.init.losses import per_sample_loss, sample_count
+from lorasb_kernels.init.estimation.losses import per_sample_loss, sample_count
 from tests.init.models import (
     FAMILIES,
     Stack,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorasb_kernels.init.losses import per_sample_loss
+from lorasb_kernels.init.estimation.losses import per_sample_loss
 from tests.init.models import FAMILIES, VOCABULARY, padded, samples
 
 

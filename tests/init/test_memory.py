@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorasb_kernels.init import estimate_updates
-from lorasb_kernels.init.memory import free_memory, release_free_memory
+from lorasb_kernels.init.estimation.memory import free_memory, release_free_memory
 from tests.init.models import Stack, linear_names, stack_batches, stack_loss
 
 CPU = torch.device("cpu")
@@ -29,7 +29,9 @@ def test_pages_between_tensors_that_stay_go_back_to_the_system():
 
 def test_layerwise_releases_memory_after_each_call_and_before_each_block(monkeypatch):
     released = []
-    monkeypatch.setattr("lorasb_kernels.init.layerwise.release_free_memory", released.append)
+    monkeypatch.setattr(
+        "lorasb_kernels.init.estimation.layerwise.release_free_memory", released.append
+    )
     model = Stack()
     options = {"strategy": "layerwise", "loss_fn": stack_loss}
     list(estimate_updates(model, stack_batches(), linear_names(model), **options))

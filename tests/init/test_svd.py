@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasb_kernels.init import SignMatrix, chebyshev, svd, truncated_svd, truncated_svd_batch
-from lorasb_kernels.init.orthonormal import cholesky_qr2, orthonormalize
+from lorasb_kernels.init.svd.orthonormal import cholesky_qr2, orthonormalize
 
 
 def generator(seed=0):

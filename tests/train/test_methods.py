@@ -40,7 +40,9 @@ def test_lora_sb_starts_below_lora_xs(llama, tmp_path):
 
 
 def test_estimation_takes_the_strategy_and_the_memory_budget(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorasb_kernels.init.estimate.resident", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(
+        "lorasb_kernels.init.estimation.api.resident", lambda *_: pytest.fail("ran")
+    )
     config = tiny_config(llama, tmp_path / "a", max_steps=1, init_strategy="layerwise")
     finetune(config, sums(16))
     config = tiny_config(llama, tmp_path / "b", max_steps=1, init_memory_budget=1)

@@ -18,13 +18,13 @@ from functools import partial
 
 import torch
 
-from lorasb_kernels.init.block_call import BlockCall
-from lorasb_kernels.init.blocks import find_blocks
-from lorasb_kernels.init.boundary_store import BoundaryStore
-from lorasb_kernels.init.estimation import Estimation
-from lorasb_kernels.init.estimation_mode import replaced_forward
-from lorasb_kernels.init.memory import accumulator_bytes, release_free_memory
-from lorasb_kernels.init.ranks import FallBack
+from lorasb_kernels.init.estimation.block_call import BlockCall
+from lorasb_kernels.init.estimation.blocks import find_blocks
+from lorasb_kernels.init.estimation.boundary_store import BoundaryStore
+from lorasb_kernels.init.estimation.frozen_eval import replaced_forward
+from lorasb_kernels.init.estimation.memory import accumulator_bytes, release_free_memory
+from lorasb_kernels.init.estimation.ranks import FallBack
+from lorasb_kernels.init.estimation.sums import Estimation
 
 
 def layerwise(

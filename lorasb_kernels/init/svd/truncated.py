@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasb_kernels.init.chebyshev import Product, Subspace, dominant_subspace
-from lorasb_kernels.init.orthonormal import orthogonality_error, orthonormalize
 from lorasb_kernels.init.sign_matrix import SignMatrix
+from lorasb_kernels.init.svd.chebyshev import Product, Subspace, dominant_subspace
+from lorasb_kernels.init.svd.orthonormal import orthogonality_error, orthonormalize
 
 Matrix = torch.Tensor | SignMatrix
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasb_kernels.init.orthonormal import orthonormalize
+from lorasb_kernels.init.svd.orthonormal import orthonormalize
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from lorasb_kernels.init.blocks import find_blocks
-from lorasb_kernels.init.estimation import Estimation
-from lorasb_kernels.init.estimation_mode import checkpointed
+from lorasb_kernels.init.estimation.blocks import find_blocks
+from lorasb_kernels.init.estimation.frozen_eval import checkpointed
+from lorasb_kernels.init.estimation.sums import Estimation
 
 
 def resident(estimation: Estimation, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from lorasb_kernels.init.estimation import Estimation
-from lorasb_kernels.init.memory import accumulator_bytes
-from lorasb_kernels.init.resident import accumulate
+from lorasb_kernels.init.estimation.memory import accumulator_bytes
+from lorasb_kernels.init.estimation.resident import accumulate
+from lorasb_kernels.init.estimation.sums import Estimation
 
 
 def grouped(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from lorasb_kernels.init.memory import is_out_of_memory
+from lorasb_kernels.init.estimation.memory import is_out_of_memory
 
 
 class FallBack(Exception):

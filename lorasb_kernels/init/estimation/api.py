@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from lorasb_kernels.config import STRATEGIES
-from lorasb_kernels.init import ranks
-from lorasb_kernels.init.blocks import find_blocks
-from lorasb_kernels.init.estimation import Estimation
-from lorasb_kernels.init.estimation_mode import random_state_kept
-from lorasb_kernels.init.grouped import grouped
-from lorasb_kernels.init.layerwise import layerwise
-from lorasb_kernels.init.memory import accumulator_bytes, free_memory
-from lorasb_kernels.init.resident import resident
+from lorasb_kernels.init.estimation import ranks
+from lorasb_kernels.init.estimation.blocks import find_blocks
+from lorasb_kernels.init.estimation.frozen_eval import random_state_kept
+from lorasb_kernels.init.estimation.grouped import grouped
+from lorasb_kernels.init.estimation.layerwise import layerwise
+from lorasb_kernels.init.estimation.memory import accumulator_bytes, free_memory
+from lorasb_kernels.init.estimation.resident import resident
+from lorasb_kernels.init.estimation.sums import Estimation
 from lorasb_kernels.init.sign_matrix import SignMatrix
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasb_kernels.init import ranks
-from lorasb_kernels.init.estimation_mode import estimation_mode
-from lorasb_kernels.init.gradient_sums import GradientSums
-from lorasb_kernels.init.losses import summed_loss
+from lorasb_kernels.init.estimation import ranks
+from lorasb_kernels.init.estimation.frozen_eval import estimation_mode
+from lorasb_kernels.init.estimation.gradient_sums import GradientSums
+from lorasb_kernels.init.estimation.losses import summed_loss
 from lorasb_kernels.quantization import weight_dtype
 from lorasb_kernels.utils.progress import progress_bar
 

@@ -7,8 +7,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from lorasb_kernels.init.boundary_store import BoundaryStore, ChangedInPlace
-from lorasb_kernels.init.ranks import FallBack
+from lorasb_kernels.init.estimation.boundary_store import BoundaryStore, ChangedInPlace
+from lorasb_kernels.init.estimation.ranks import FallBack
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size, slice)
 

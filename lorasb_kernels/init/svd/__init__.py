@@ -1,0 +1,1 @@
+"""Truncated singular value decompositions, from dense matrices or packed signs."""
