@@ -69,10 +69,9 @@ def run(options: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from lorasb_kernels.train.plots import plot_losses
     from lorasb_kernels.train.progress import console
     from lorasb_kernels.train.run import finetune, is_main_process, read
-    from lorasb_kernels.train.summary import runs_table
+    from lorasb_kernels.train.summary import plot_losses, runs_table
 
     logging.disable_progress_bar()
     train_rows = read(configs[0], configs[0].data)

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: export to plain LoRA; import of LoRA and of the published codes' R."""
+"""Adapters in peft's format: export to plain LoRA; import of LoRA and of the published codes' R.
 
     s·B·R·A x  =  B' A' x      with  A' = R·A [r, n]  and  B' = s·B [m, r]
 

@@ -19,9 +19,9 @@ from rich.table import Table
 from lorasb_kernels.profiling.memory_peak import peak_memory
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
-from lorasb_kernels.train.plots import plot_losses
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Rows, finetune
+from lorasb_kernels.train.summary import plot_losses
 from lorasb_kernels.utils.files import write_json, write_text
 from lorasb_kernels.utils.tables import markdown_table
 

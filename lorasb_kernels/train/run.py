@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.train.batching import Collator, pack
+from lorasb_kernels.train.checkpoint import check
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.data import (
     Example,
@@ -22,7 +23,6 @@ from lorasb_kernels.train.data import (
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
 from lorasb_kernels.train.evaluation import evaluate
-from lorasb_kernels.train.manifest import check
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
 from lorasb_kernels.train.progress import TrainingBar, track
 from lorasb_kernels.train.trainer import (

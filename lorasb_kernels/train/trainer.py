@@ -21,11 +21,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
-from lorasb_kernels.train.checkpoint_state import load_state, save_state
+from lorasb_kernels.train.checkpoint import load_state, save_state, seal
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import DivergedError
 from lorasb_kernels.train.loss import token_losses
-from lorasb_kernels.train.manifest import seal
 from lorasb_kernels.utils.files import write_tensors
 
 STAGING = ".checkpoint"

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lorasb_kernels.train.checkpoint_state import load_state, save_state
+from lorasb_kernels.train.checkpoint import load_state, save_state
 
 
 def test_nested_values_survive(tmp_path):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lorasb_kernels.train.checkpoint import MANIFEST, check, seal
 from lorasb_kernels.train.errors import CheckpointError, ConfigError
-from lorasb_kernels.train.manifest import MANIFEST, check, seal
 from lorasb_kernels.train.run import claim
 from lorasb_kernels.train.trainer import remove_remains
 from lorasb_kernels.utils.files import atomic_folder, replacing

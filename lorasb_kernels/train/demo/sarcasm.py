@@ -19,10 +19,9 @@ from lorasb_kernels.train.demo import assets, headlines
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import InputError
 from lorasb_kernels.train.evaluation import generate
-from lorasb_kernels.train.plots import plot_losses
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Clock, Result, finetune
-from lorasb_kernels.train.summary import minutes, standard_error
+from lorasb_kernels.train.summary import minutes, plot_losses, standard_error
 from lorasb_kernels.utils.files import atomic_folder
 
 STEPS = 60
