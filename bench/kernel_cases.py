@@ -11,10 +11,10 @@ from lorasb_kernels.functional import pack_signs, sign_accumulate_, sign_gradien
 from lorasb_kernels.ops.backend import obstacle
 from lorasb_kernels.ops.core_backward import core_backward
 from lorasb_kernels.ops.expand import expand
-from lorasb_kernels.ops.expand.route import ROUTES
+from lorasb_kernels.ops.triton.expand_route import ROUTES
 from lorasb_kernels.ops.registry import BACKENDS
 from lorasb_kernels.ops.shrink import shrink
-from lorasb_kernels.ops.tiles import ExpandTile, architecture, descriptor_candidates, expand_tile
+from lorasb_kernels.ops.triton.tiles import ExpandTile, architecture, descriptor_candidates, expand_tile
 from lorasb_kernels.profiling import costs
 from lorasb_kernels.profiling.costs import Cost
 
@@ -85,7 +85,7 @@ def _expand(case: KernelCase, implementation: str, draw: Draw, transposed: bool 
     backend, _, route = implementation.partition(" ")
     if not route:
         return lambda: expand(x, weight, p, factor, None, 0.0, None, backend)
-    run = importlib.import_module("lorasb_kernels.ops.expand.triton").RUN[route]
+    run = importlib.import_module("lorasb_kernels.ops.triton.expand").RUN[route]
     tile = _tiles(route, x.device)[0]
     return lambda: run(x, weight, p, factor, None, 0.0, None, tile)
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from lorasb_kernels.ops.expand.descriptor import expand_descriptor_kernel
-from lorasb_kernels.ops.expand.triton import BLOCK_R, expand_kernel
-from lorasb_kernels.ops.kernel_parts import GROUP_M
-from lorasb_kernels.ops.tiles import Tile, descriptor_candidates, expand_tile
+from lorasb_kernels.ops.triton.expand_descriptor import expand_descriptor_kernel
+from lorasb_kernels.ops.triton.expand import BLOCK_R, expand_kernel
+from lorasb_kernels.ops.triton.parts import GROUP_M
+from lorasb_kernels.ops.triton.tiles import Tile, descriptor_candidates, expand_tile
 
 Case = tuple[str, Tile, dict[str, object], dict[str, object]]
 

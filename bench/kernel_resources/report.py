@@ -27,11 +27,11 @@ from triton.compiler import ASTSource
 
 from bench.kernel_resources.expand_cases import EXPAND_KERNELS
 from bench.kernel_resources.sign_cases import SIGN_KERNELS
-from lorasb_kernels.ops.core_backward.triton import gradient_kernel
-from lorasb_kernels.ops.factor_gradient.tiles import factor_tile
-from lorasb_kernels.ops.factor_gradient.triton import factor_gradient_kernel
-from lorasb_kernels.ops.projection import projection_kernel
-from lorasb_kernels.ops.tiles import (
+from lorasb_kernels.ops.triton.core_backward import gradient_kernel
+from lorasb_kernels.ops.triton.factor_tiles import factor_tile
+from lorasb_kernels.ops.triton.factor_gradient import factor_gradient_kernel
+from lorasb_kernels.ops.triton.projection import projection_kernel
+from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     Tile,
     gradient_tile,

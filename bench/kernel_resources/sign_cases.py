@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 import triton.language as tl
 
-from lorasb_kernels.ops.kernel_parts import GROUP_M
-from lorasb_kernels.ops.pack_signs.triton import pack_signs_kernel
-from lorasb_kernels.ops.sign_matmul.triton import sign_matmul_kernel
-from lorasb_kernels.ops.sign_tiles import pack_tile, sign_matmul_tile, weight_gradient_tile
-from lorasb_kernels.ops.tiles import Tile
-from lorasb_kernels.ops.weight_gradient import weight_gradient_kernel
+from lorasb_kernels.ops.triton.parts import GROUP_M
+from lorasb_kernels.ops.triton.pack_signs import pack_signs_kernel
+from lorasb_kernels.ops.triton.sign_matmul import sign_matmul_kernel
+from lorasb_kernels.ops.triton.sign_tiles import pack_tile, sign_matmul_tile, weight_gradient_tile
+from lorasb_kernels.ops.triton.tiles import Tile
+from lorasb_kernels.ops.triton.weight_gradient import weight_gradient_kernel
 
 Case = tuple[str, Tile, dict[str, object], dict[str, object]]
 

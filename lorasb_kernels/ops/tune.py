@@ -16,16 +16,16 @@ import torch
 import triton
 
 from lorasb_kernels.ops.dropout import new_seed
-from lorasb_kernels.ops.expand.route import (
+from lorasb_kernels.ops.triton.expand_route import (
     FORMAT,
     describable,
     forget_tuning,
     read_tuning,
     shape_key,
 )
-from lorasb_kernels.ops.expand.triton import RUN
+from lorasb_kernels.ops.triton.expand import RUN
 from lorasb_kernels.ops.layer_shape import LayerShape
-from lorasb_kernels.ops.tiles import (
+from lorasb_kernels.ops.triton.tiles import (
     EXPAND_CANDIDATES,
     ExpandTile,
     architecture,

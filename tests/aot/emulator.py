@@ -15,12 +15,12 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorasb_kernels.ops import projection, weight_gradient
-from lorasb_kernels.ops.core_backward import triton as core_backward
-from lorasb_kernels.ops.expand import descriptor as expand_descriptor
-from lorasb_kernels.ops.expand import triton as expand
-from lorasb_kernels.ops.factor_gradient import triton as factor_gradient
-from lorasb_kernels.ops.pack_signs import triton as pack_signs
-from lorasb_kernels.ops.sign_matmul import triton as sign_matmul
+from lorasb_kernels.ops.triton import core_backward
+from lorasb_kernels.ops.triton import expand_descriptor
+from lorasb_kernels.ops.triton import expand
+from lorasb_kernels.ops.triton import factor_gradient
+from lorasb_kernels.ops.triton import pack_signs
+from lorasb_kernels.ops.triton import sign_matmul
 
 ARCH = "sm_86"
 CHECKS = {"check_races": True, "check_uninit": True, "check_overlap": True}

@@ -13,7 +13,7 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.kernel_parts import arrives_last
+from lorasb_kernels.ops.triton.parts import arrives_last
 
 ROOT = Path(__file__).resolve().parents[2]
 

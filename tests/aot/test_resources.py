@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_kernels.ops.tiles import ARCHITECTURES
+from lorasb_kernels.ops.triton.tiles import ARCHITECTURES
 
 KERNELS = ("projection", "gradient", "expand", "factor_gradient")
 ROOT = Path(__file__).resolve().parents[2]

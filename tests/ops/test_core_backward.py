@@ -59,7 +59,7 @@ def test_the_second_split_of_more_than_two_to_the_31_numbers(backend, device):
     """g and h are contiguous, so M·r must be that large: one tile of a dR of absurd rank."""
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GB of device memory")
-    from lorasb_kernels.ops.core_backward.triton import gradient_kernel
+    from lorasb_kernels.ops.triton.core_backward import gradient_kernel
 
     rows_per_split, r, width = 2**17, 2**14, 16
     M = rows_per_split + 3

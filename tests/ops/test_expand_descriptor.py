@@ -8,9 +8,9 @@ import torch
 
 from lorasb_kernels.ops.backend import obstacle
 from lorasb_kernels.ops.expand import expand, route
-from lorasb_kernels.ops.expand import triton as expand_triton
-from lorasb_kernels.ops.expand.descriptor import descriptor_expand
-from lorasb_kernels.ops.tiles import ExpandTile
+from lorasb_kernels.ops.triton import expand as expand_triton
+from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
+from lorasb_kernels.ops.triton.tiles import ExpandTile
 from tests.ops.conftest import ON_GPU
 from tests.ops.operands import check, dropout_seed, normal, same_bits
 

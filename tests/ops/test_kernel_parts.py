@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold, random_bits
-from lorasb_kernels.ops.kernel_parts import keep_mask
+from lorasb_kernels.ops.triton.parts import keep_mask
 from tests.ops.operands import SEED
 
 ROWS, COLUMNS = 8, 16

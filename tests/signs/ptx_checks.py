@@ -6,11 +6,11 @@ import sys
 import torch
 
 from lorasb_kernels.functional import pack_signs as pack_reference
-from lorasb_kernels.ops.pack_signs.triton import pack_signs
-from lorasb_kernels.ops.sign_accumulate.triton import sign_accumulate
-from lorasb_kernels.ops.sign_gradient.triton import sign_gradient
-from lorasb_kernels.ops.sign_matmul.triton import sign_matmul
-from lorasb_kernels.ops.sign_tiles import sign_matmul_tile
+from lorasb_kernels.ops.triton.pack_signs import pack_signs
+from lorasb_kernels.ops.triton.weight_gradient import sign_accumulate
+from lorasb_kernels.ops.triton.weight_gradient import sign_gradient
+from lorasb_kernels.ops.triton.sign_matmul import sign_matmul
+from lorasb_kernels.ops.triton.sign_tiles import sign_matmul_tile
 from tests.aot.emulator import ARCH, emulated, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import normal, same_bits

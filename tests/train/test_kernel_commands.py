@@ -8,7 +8,7 @@ import torch
 
 from lorasb_kernels.cli.main import main
 from lorasb_kernels.ops import tune
-from lorasb_kernels.ops.expand import route
+from lorasb_kernels.ops.triton import expand_route as route
 
 LAYER = ["--layer", "64", "96", "--r", "8", "--tokens", "16", "32"]
 TILE = {"num_warps": 4, "num_stages": 3, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
-from lorasb_kernels.ops.factor_gradient.tiles import factor_splits, factor_tile
-from lorasb_kernels.ops.kernel_parts import arrives_last, keep_mask, launch_guard
+from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.triton.parts import arrives_last, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
-from lorasb_kernels.ops.tiles import architecture, multiprocessors, rank_tiles
+from lorasb_kernels.ops.triton.tiles import architecture, multiprocessors, rank_tiles
 
 
 @triton.jit

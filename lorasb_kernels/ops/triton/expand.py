@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
-from lorasb_kernels.ops.expand.descriptor import descriptor_expand
-from lorasb_kernels.ops.expand.route import choose_route
-from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile, keep_mask, launch_guard
+from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
+from lorasb_kernels.ops.triton.expand_route import choose_route
+from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
-from lorasb_kernels.ops.tiles import ExpandTile
+from lorasb_kernels.ops.triton.tiles import ExpandTile
 
 BLOCK_R = 32
 

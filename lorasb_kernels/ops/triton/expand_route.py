@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lorasb_kernels.ops.tiles import (
+from lorasb_kernels.ops.triton.tiles import (
     INTERPRETER,
     ExpandTile,
     architecture,

@@ -23,7 +23,7 @@ import functools
 
 import torch
 
-from lorasb_kernels.ops.tiles import ARCHITECTURES, INTERPRETER, Tile
+from lorasb_kernels.ops.triton.tiles import ARCHITECTURES, INTERPRETER, Tile
 
 MAX_WIDTH = 160
 

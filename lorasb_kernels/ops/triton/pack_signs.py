@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.bitplane_tiles import store_signs
+from lorasb_kernels.ops.triton.bitplanes import store_signs
 from lorasb_kernels.ops.bitplanes import words
-from lorasb_kernels.ops.kernel_parts import launch_guard
-from lorasb_kernels.ops.sign_tiles import pack_tile
-from lorasb_kernels.ops.tiles import architecture
+from lorasb_kernels.ops.triton.parts import launch_guard
+from lorasb_kernels.ops.triton.sign_tiles import pack_tile
+from lorasb_kernels.ops.triton.tiles import architecture
 
 
 @triton.jit

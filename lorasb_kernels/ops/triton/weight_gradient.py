@@ -19,11 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.bitplane_tiles import store_signs
-from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile, launch_guard
+from lorasb_kernels.ops.triton.bitplanes import store_signs
+from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, launch_guard
+from lorasb_kernels.ops.bitplanes import words
 from lorasb_kernels.ops.precision import dot_precision
-from lorasb_kernels.ops.sign_tiles import weight_gradient_tile
-from lorasb_kernels.ops.tiles import architecture
+from lorasb_kernels.ops.triton.sign_tiles import weight_gradient_tile
+from lorasb_kernels.ops.triton.tiles import architecture
 
 
 @triton.jit
@@ -119,4 +120,18 @@ def sum_tokens(
         )
 
 
-__all__ = ["sum_tokens", "weight_gradient_kernel"]
+def sign_accumulate(acc, grad_output, x, row_weight):
+    """`acc += (w ⊙ dy)ᵀ x`: every block adds its tile to `acc` once, 8·m·n bytes per call."""
+    if x.shape[0] > 0:
+        sum_tokens(grad_output, x, row_weight, acc=acc)
+
+
+def sign_gradient(grad_output, x, row_weight):
+    """The planes of sign((w ⊙ dy)ᵀ x): 32 columns are packed into a word in registers."""
+    shape = (grad_output.shape[1], words(x.shape[1]))
+    positive, negative = (torch.empty(shape, dtype=torch.int32, device=x.device) for _ in range(2))
+    sum_tokens(grad_output, x, row_weight, planes=(positive, negative))
+    return positive, negative
+
+
+__all__ = ["sign_accumulate", "sign_gradient", "sum_tokens", "weight_gradient_kernel"]

@@ -3,7 +3,7 @@
 Not measured: reasoned from shared memory, registers and the bytes a block keeps in flight,
 and checked by ahead-of-time compilation: no spill with Triton 3.7.1
 (`docs/kernel_resources.md`); another version may allocate otherwise. What has been measured on
-a device is a tuning file's to say, see `ops/expand/route.py`.
+a device is a tuning file's to say, see `ops/triton/expand_route.py`.
 
 Limits, a block and a multiprocessor:
 

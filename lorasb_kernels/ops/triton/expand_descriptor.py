@@ -24,9 +24,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorasb_kernels.ops.dropout import keep_threshold
-from lorasb_kernels.ops.kernel_parts import GROUP_M, grouped_tile, keep_mask, launch_guard
+from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
-from lorasb_kernels.ops.tiles import ExpandTile
+from lorasb_kernels.ops.triton.tiles import ExpandTile
 
 BLOCK_R = 32
 

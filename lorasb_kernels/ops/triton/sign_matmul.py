@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.backend import interpreting
-from lorasb_kernels.ops.bitplane_tiles import expand_words
-from lorasb_kernels.ops.kernel_parts import launch_guard
-from lorasb_kernels.ops.sign_tiles import multiprocessors, sign_matmul_tile
-from lorasb_kernels.ops.tiles import architecture
+from lorasb_kernels.ops.triton.bitplanes import expand_words
+from lorasb_kernels.ops.triton.parts import launch_guard
+from lorasb_kernels.ops.triton.sign_tiles import multiprocessors, sign_matmul_tile
+from lorasb_kernels.ops.triton.tiles import architecture
 
 
 @triton.jit

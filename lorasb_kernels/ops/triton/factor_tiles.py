@@ -1,6 +1,6 @@
 """Tile sizes of the factor-gradient kernel by rank, and the reasons for them.
 
-Not measured: reasoned as in `ops/tiles.py`, and checked by ahead-of-time compilation.
+Not measured: reasoned as in `ops/triton/tiles.py`, and checked by ahead-of-time compilation.
 
 The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers a thread; BLOCK_N falls
 as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at rank 64
@@ -15,7 +15,7 @@ import dataclasses
 
 import torch
 
-from lorasb_kernels.ops.tiles import INTERPRETER, Tile, rank_tiles
+from lorasb_kernels.ops.triton.tiles import INTERPRETER, Tile, rank_tiles
 
 # A partial sum is written and read, 8·r bytes a column; a block reads 2 bytes a row and column in
 # 16 bits. With 16 rows a rank the first is a quarter of the second.
