@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasb_kernels.nn.linear import LoRALinear
-from lorasb_kernels.ops.backend import obstacle as backend_obstacle
+from lorasb_kernels.ops.dispatch import obstacle as backend_obstacle
 from lorasb_kernels.profiling.workload import Build, Operands, adapted_layers, frozen_layer
 
 

@@ -8,13 +8,17 @@ from functools import partial
 import torch
 
 from lorasb_kernels.functional import pack_signs, sign_accumulate_, sign_gradient, sign_matmul
-from lorasb_kernels.ops.backend import obstacle
 from lorasb_kernels.ops.core_backward import core_backward
+from lorasb_kernels.ops.dispatch import BACKENDS, obstacle
 from lorasb_kernels.ops.expand import expand
-from lorasb_kernels.ops.triton.expand_route import ROUTES
-from lorasb_kernels.ops.registry import BACKENDS
 from lorasb_kernels.ops.shrink import shrink
-from lorasb_kernels.ops.triton.tiles import ExpandTile, architecture, descriptor_candidates, expand_tile
+from lorasb_kernels.ops.triton.expand_route import ROUTES
+from lorasb_kernels.ops.triton.tiles import (
+    ExpandTile,
+    architecture,
+    descriptor_candidates,
+    expand_tile,
+)
 from lorasb_kernels.profiling import costs
 from lorasb_kernels.profiling.costs import Cost
 

@@ -8,7 +8,7 @@ MODULES = (
     "lorasb_kernels",
     "lorasb_kernels.functional",
     "lorasb_kernels.init",
-    "lorasb_kernels.optim.preconditioned",
+    "lorasb_kernels.optim",
     "lorasb_kernels.nn",
     "lorasb_kernels.integrations.peft",
 )

@@ -9,8 +9,6 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "functional": "lorasb_kernels.functional",
-    "init": "lorasb_kernels.init",
     "SignMatrix": "lorasb_kernels.init",
     "LoRALinear": "lorasb_kernels.nn",
     "LoRASBConfig": "lorasb_kernels.config",
@@ -20,7 +18,7 @@ _HOME = {
     "adapt": "lorasb_kernels.adaptation",
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
-    "explain": "lorasb_kernels.explanation",
+    "explain": "lorasb_kernels.ops.explain",
     "export_peft": "lorasb_kernels.io.peft_format",
     "import_peft": "lorasb_kernels.io.peft_format",
     "load_adapter": "lorasb_kernels.io.checkpoint",
@@ -29,14 +27,17 @@ _HOME = {
     "save_adapter": "lorasb_kernels.io.checkpoint",
 }
 
-__all__ = ["__version__", *_HOME]
+_MODULES = ("functional", "init")
+
+__all__ = ["__version__", *_MODULES, *_HOME]
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_HOME[name])
-    value = module if module.__name__.rpartition(".")[2] == name else getattr(module, name)
+    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from lorasb_kernels.ops.triton.expand_descriptor import expand_descriptor_kernel
 from lorasb_kernels.ops.triton.expand import BLOCK_R, expand_kernel
+from lorasb_kernels.ops.triton.expand_descriptor import expand_descriptor_kernel
 from lorasb_kernels.ops.triton.parts import GROUP_M
 from lorasb_kernels.ops.triton.tiles import Tile, descriptor_candidates, expand_tile
 

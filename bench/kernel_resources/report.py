@@ -28,8 +28,8 @@ from triton.compiler import ASTSource
 from bench.kernel_resources.expand_cases import EXPAND_KERNELS
 from bench.kernel_resources.sign_cases import SIGN_KERNELS
 from lorasb_kernels.ops.triton.core_backward import gradient_kernel
-from lorasb_kernels.ops.triton.factor_tiles import factor_tile
 from lorasb_kernels.ops.triton.factor_gradient import factor_gradient_kernel
+from lorasb_kernels.ops.triton.factor_tiles import factor_tile
 from lorasb_kernels.ops.triton.projection import projection_kernel
 from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 import triton.language as tl
 
-from lorasb_kernels.ops.triton.parts import GROUP_M
 from lorasb_kernels.ops.triton.pack_signs import pack_signs_kernel
+from lorasb_kernels.ops.triton.parts import GROUP_M
 from lorasb_kernels.ops.triton.sign_matmul import sign_matmul_kernel
 from lorasb_kernels.ops.triton.sign_tiles import pack_tile, sign_matmul_tile, weight_gradient_tile
 from lorasb_kernels.ops.triton.tiles import Tile

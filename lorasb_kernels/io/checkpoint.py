@@ -8,7 +8,7 @@ LoRA trains A and B: they are in `adapter.safetensors`, and `subspace.safetensor
 frozen weights from others.
 
 LoRA-XS has no `subspace.safetensors`: its A and B are rebuilt from the frozen weights, and
-`adapter.safetensors` holds what tells them from others (see `rebuilding`).
+`adapter.safetensors` holds what tells them from others (see `io/lora_xs.py`).
 
 Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with and the
 digest of its own tensors, and `subspace.safetensors` a few elements of each frozen weight, so that

@@ -1,1 +1,1 @@
-"""Operations: one folder each, holding its public function and its backends."""
+"""Operations: one file each; `reference.py` is the whole method in plain PyTorch."""

@@ -16,6 +16,8 @@ import torch
 import triton
 
 from lorasb_kernels.ops.dropout import new_seed
+from lorasb_kernels.ops.layer_shape import LayerShape
+from lorasb_kernels.ops.triton.expand import RUN
 from lorasb_kernels.ops.triton.expand_route import (
     FORMAT,
     describable,
@@ -23,8 +25,6 @@ from lorasb_kernels.ops.triton.expand_route import (
     read_tuning,
     shape_key,
 )
-from lorasb_kernels.ops.triton.expand import RUN
-from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.triton.tiles import (
     EXPAND_CANDIDATES,
     ExpandTile,

@@ -15,12 +15,14 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorasb_kernels.ops import projection, weight_gradient
-from lorasb_kernels.ops.triton import core_backward
-from lorasb_kernels.ops.triton import expand_descriptor
-from lorasb_kernels.ops.triton import expand
-from lorasb_kernels.ops.triton import factor_gradient
-from lorasb_kernels.ops.triton import pack_signs
-from lorasb_kernels.ops.triton import sign_matmul
+from lorasb_kernels.ops.triton import (
+    core_backward,
+    expand,
+    expand_descriptor,
+    factor_gradient,
+    pack_signs,
+    sign_matmul,
+)
 
 ARCH = "sm_86"
 CHECKS = {"check_races": True, "check_uninit": True, "check_overlap": True}

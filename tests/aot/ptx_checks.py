@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_kernels.ops.triton.core_backward import core_backward, rank_gradient
 from lorasb_kernels.ops.dropout import keep_mask
-from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
+from lorasb_kernels.ops.triton.core_backward import core_backward, rank_gradient
 from lorasb_kernels.ops.triton.expand import fused_expand, two_call_expand
-from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.factor_gradient import factor_gradient
-from lorasb_kernels.ops.triton.projection import project
+from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.triton.projection import project as shrink
 from lorasb_kernels.ops.triton.tiles import (
     ExpandTile,
     expand_tile,
@@ -72,7 +72,7 @@ def check_shrink():
     ):
         arguments = shrink_arguments(M, n, r, dropout_p)
         with emulated(multiprocessors=1):
-            compare("shrink", project(*arguments), *arguments)
+            compare("shrink", shrink(*arguments), *arguments)
 
 
 def check_split_shrink():
@@ -87,7 +87,7 @@ def check_split_shrink():
         {"cp_async": "early"},
     ):
         with emulated(multiprocessors=8, **options) as log:
-            outputs.append(project(*arguments))
+            outputs.append(shrink(*arguments))
         assert sum(stats.atomic_ops for stats in log) == 8, "two row tiles, four blocks each"
     compare("shrink", outputs[0], *arguments)
     for other in outputs[1:]:
@@ -100,7 +100,7 @@ def check_shrink_mask():
     seed = dropout_seed(CPU)
     identity = torch.eye(n, dtype=BF16)
     with emulated():
-        h, _ = project(torch.ones(M, n, dtype=BF16), identity, torch.eye(n), 1.0, 0.4, seed)
+        h, _ = shrink(torch.ones(M, n, dtype=BF16), identity, torch.eye(n), 1.0, 0.4, seed)
     assert torch.equal(h != 0, keep_mask(M, n, 0.4, seed))
 
 
@@ -112,12 +112,12 @@ def check_shrink_strides():
     far = memory.as_strided((3, n), (stride, 1))
     far.copy_(x)
     with emulated():
-        near = project(x, lora_A, core, *rest)
-        assert all(map(same_bits, project(far, lora_A, core, *rest), near))
+        near = shrink(x, lora_A, core, *rest)
+        assert all(map(same_bits, shrink(far, lora_A, core, *rest), near))
     x, lora_A, core, *rest = shrink_arguments(60, 100, 25)
     arguments = (x[::2, 7:], lora_A[:, 7:].T.contiguous().T, core.T, *rest)
     with emulated():
-        compare("shrink", project(*arguments), *arguments)
+        compare("shrink", shrink(*arguments), *arguments)
 
 
 def check_core_backward():
@@ -259,7 +259,7 @@ def check_bytes():
     row_tiles = M // projection_tile(ARCH, BF16, r).BLOCK_M
     x, lora_A, core, *rest = shrink_arguments(M, n, r)
     with emulated(multiprocessors=1) as log:
-        project(x, lora_A, core, *rest)
+        shrink(x, lora_A, core, *rest)
     small = row_tiles * 2 * n * r + row_tiles * 4 * r * r
     assert close(read_bytes(log), 2 * M * n + small)
     assert close(read_bytes(log) - small, 2 * M * n), "x is read once"

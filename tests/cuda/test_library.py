@@ -9,7 +9,7 @@ import torch
 
 import lorasb_kernels
 from lorasb_kernels.ops import extension
-from lorasb_kernels.ops.backend import resolve_backend
+from lorasb_kernels.ops.dispatch import resolve_backend
 from tests.cuda import simulator as simulation
 from tests.cuda.test_operators import BF16, CASES, CPU, SCALING, expand_operands, shrink_operands
 from tests.ops.operands import as_tuple, reference

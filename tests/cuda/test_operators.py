@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_kernels.ops import bitplanes
+import lorasb_kernels.ops.pack_signs
+import lorasb_kernels.ops.sign_gradient
+import lorasb_kernels.ops.sign_matmul  # noqa: F401
+from lorasb_kernels.ops import bitplanes, sign_accumulate
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.lorasb_linear import api as layer
-from lorasb_kernels.ops.pack_signs import api as _pack_signs  # noqa: F401
-from lorasb_kernels.ops.sign_accumulate import api as sign_accumulate
-from lorasb_kernels.ops.sign_gradient import api as _sign_gradient  # noqa: F401
-from lorasb_kernels.ops.sign_matmul import api as _sign_matmul  # noqa: F401
 from tests.contract import assert_within_contract
 from tests.ops.operands import as_tuple, dropout_seed, normal, oracle, reference, same_bits
 

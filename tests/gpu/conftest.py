@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorasb_kernels.ops.backend import obstacle
+from lorasb_kernels.ops.dispatch import obstacle
 
 
 def pytest_collection_modifyitems(items):

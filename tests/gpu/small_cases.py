@@ -16,8 +16,7 @@ from lorasb_kernels.functional import (
     sign_gradient,
     sign_matmul,
 )
-from lorasb_kernels.ops.backend import obstacle
-from lorasb_kernels.ops.registry import BACKENDS
+from lorasb_kernels.ops.dispatch import BACKENDS, obstacle
 
 SHAPES = ((33, 70, 50, 24), (5, 33, 129, 3), (130, 64, 96, 96))  # M, n, m, r
 

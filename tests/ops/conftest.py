@@ -7,8 +7,7 @@ same tests run on it, bf16 and larger shapes included, and the CUDA extension jo
 import pytest
 import torch
 
-from lorasb_kernels.ops.backend import obstacle
-from lorasb_kernels.ops.registry import BACKENDS
+from lorasb_kernels.ops.dispatch import BACKENDS, obstacle
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = ["float32", "float16", "bfloat16"]

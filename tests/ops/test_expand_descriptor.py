@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lorasb_kernels.ops.backend import obstacle
+from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.ops.expand import expand, route
 from lorasb_kernels.ops.triton import expand as expand_triton
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand

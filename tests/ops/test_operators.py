@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasb_kernels.functional import lorasb_linear
-from lorasb_kernels.ops.registry import BACKENDS
+from lorasb_kernels.ops.dispatch import BACKENDS
 from tests.ops.operands import dropout_seed, normal
 
 M, N, K, R = 9, 12, 40, 5

@@ -7,8 +7,8 @@ import torch
 
 import lorasb_kernels
 from lorasb_kernels.ops import tune
-from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.layer_shape import LayerShape
+from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,

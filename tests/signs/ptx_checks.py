@@ -7,10 +7,9 @@ import torch
 
 from lorasb_kernels.functional import pack_signs as pack_reference
 from lorasb_kernels.ops.triton.pack_signs import pack_signs
-from lorasb_kernels.ops.triton.weight_gradient import sign_accumulate
-from lorasb_kernels.ops.triton.weight_gradient import sign_gradient
 from lorasb_kernels.ops.triton.sign_matmul import sign_matmul
 from lorasb_kernels.ops.triton.sign_tiles import sign_matmul_tile
+from lorasb_kernels.ops.triton.weight_gradient import sign_accumulate, sign_gradient
 from tests.aot.emulator import ARCH, emulated, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import normal, same_bits

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
-from lorasb_kernels.ops.backend import obstacle
+from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.utils.files import write_text
 from tests.aot.emulator import ptxcheck_folder
 from tests.trust.operators import OPERATORS, SINGLE

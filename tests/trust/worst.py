@@ -77,7 +77,7 @@ def poisoned_memory():
 @contextlib.contextmanager
 def emulation():
     """Within, `backend="triton"` runs emulated PTX on CPU tensors."""
-    from lorasb_kernels.ops import backend
+    from lorasb_kernels.ops import dispatch as backend
     from tests.aot.emulator import emulated
 
     own = backend.interpreting

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorasb_kernels.ops.backend import resolve_backend
+from lorasb_kernels.ops.dispatch import resolve_backend
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
 from lorasb_kernels.ops.lorasb_linear.checks import check_arguments, check_backend

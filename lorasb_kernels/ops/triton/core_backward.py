@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.triton.parts import arrives_last, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.triton.parts import arrives_last, launch_guard
 from lorasb_kernels.ops.triton.projection import project
 from lorasb_kernels.ops.triton.tiles import architecture, gradient_tile, rank_tiles, row_splits
 

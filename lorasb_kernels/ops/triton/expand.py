@@ -8,7 +8,7 @@ two calls: the vendor's GEMM, then `addmm` with beta = 1 into its output. Reads 
 second time (4·M·N bytes in 16 bits), yet the first GEMM is as fast as it gets: a GEMM slower
 by 7 % has lost what the fusion saves. With dropout the second call is the kernel below
 without its frozen product, since the mask must fall between the product and the sum.
-fused with tensor maps: `descriptor.py`.
+fused with tensor maps: `expand_descriptor.py`.
 
 `choose_route` says which one runs, with which tile and why.
 """
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
+from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.expand_route import choose_route
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
-from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
 from lorasb_kernels.ops.triton.tiles import ExpandTile
 
 BLOCK_R = 32

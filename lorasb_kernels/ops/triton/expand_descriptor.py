@@ -2,7 +2,7 @@
 
     y = x Wᵀ + drop(p Bᵀ) + bias          [M, N]
 
-The fused route of `triton.py` with operands and result described by tensor maps: one thread
+The fused route of `expand.py` with operands and result described by tensor maps: one thread
 asks for a whole tile and the hardware computes its addresses, masks its edges and swizzles it
 in shared memory, where the tensor cores read both operands. That frees the registers and the
 issue slots that address arithmetic takes. Bytes and flops are those of the fused route.
@@ -24,8 +24,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorasb_kernels.ops.dropout import keep_threshold
-from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.triton.tiles import ExpandTile
 
 BLOCK_R = 32

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.triton.bitplanes import store_signs
 from lorasb_kernels.ops.bitplanes import words
+from lorasb_kernels.ops.triton.bitplanes import store_signs
 from lorasb_kernels.ops.triton.parts import launch_guard
 from lorasb_kernels.ops.triton.sign_tiles import pack_tile
 from lorasb_kernels.ops.triton.tiles import architecture

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
-from lorasb_kernels.ops.triton.parts import arrives_last, keep_mask, launch_guard
 from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.triton.parts import arrives_last, keep_mask, launch_guard
 from lorasb_kernels.ops.triton.tiles import (
     architecture,
     column_splits,

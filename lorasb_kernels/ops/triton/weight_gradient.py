@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.triton.bitplanes import store_signs
-from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, launch_guard
 from lorasb_kernels.ops.bitplanes import words
 from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.triton.bitplanes import store_signs
+from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, launch_guard
 from lorasb_kernels.ops.triton.sign_tiles import weight_gradient_tile
 from lorasb_kernels.ops.triton.tiles import architecture
 

@@ -10,7 +10,7 @@ Memory bound. dR is summed in a fixed order: the same inputs give the same bits.
 
 import torch
 
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator
 
 
 def _fake(dy, h, lora_B, lora_R, scaling):
@@ -21,7 +21,6 @@ _operator = BackendOperator(
     "core_backward",
     "(Tensor dy, Tensor h, Tensor lora_B, Tensor lora_R, float scaling) -> (Tensor q, Tensor dR)",
     fake=_fake,
-    package=__package__,
 )
 
 

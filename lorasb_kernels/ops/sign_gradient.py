@@ -8,9 +8,8 @@ which is what it saves over accumulating: 8·m·n bytes a call and 4·m·n bytes
 
 import torch
 
-from lorasb_kernels.ops.backend import resolve_backend
 from lorasb_kernels.ops.bitplanes import words
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator, resolve_backend
 from lorasb_kernels.ops.token_rows import token_rows
 
 
@@ -23,7 +22,6 @@ _operator = BackendOperator(
     "sign_gradient",
     "(Tensor grad_output, Tensor x, Tensor? row_weight) -> (Tensor positive, Tensor negative)",
     fake=_fake,
-    package=__package__,
 )
 
 

@@ -10,7 +10,7 @@ The core runs in fp32 (or tf32 on tensor cores) from the fp32 `R`, before `h` is
 
 import torch
 
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator
 
 
 def _fake(x, lora_A, lora_R, scaling, dropout_p, seed):
@@ -23,7 +23,6 @@ _operator = BackendOperator(
     "(Tensor x, Tensor lora_A, Tensor lora_R, float scaling, float dropout_p, Tensor? seed)"
     " -> (Tensor h, Tensor p)",
     fake=_fake,
-    package=__package__,
 )
 
 

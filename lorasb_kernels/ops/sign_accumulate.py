@@ -9,8 +9,7 @@ scaled by its row's weight in fp32, never rounded to 16 bits again.
 
 import torch
 
-from lorasb_kernels.ops.backend import resolve_backend
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator, resolve_backend
 from lorasb_kernels.ops.token_rows import accumulator_dtype, token_rows
 
 
@@ -22,7 +21,6 @@ _operator = BackendOperator(
     "sign_accumulate",
     "(Tensor(a!) acc, Tensor grad_output, Tensor x, Tensor? row_weight) -> ()",
     fake=_fake,
-    package=__package__,
 )
 
 

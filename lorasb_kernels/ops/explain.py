@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
-from lorasb_kernels.ops.backend import choose_backend, resolve_backend
+from lorasb_kernels.ops.dispatch import choose_backend, resolve_backend
+from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.triton.expand_route import plan_route
 from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
-from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,

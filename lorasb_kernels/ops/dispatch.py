@@ -1,4 +1,11 @@
-"""Which backend runs an operation, and why.
+"""From an operation to the backend that runs it: the operators, which backend, and why.
+
+The `lorasb` namespace holds one schema and one operator per backend: Triton and CUDA
+implementations of an operation carry separate operator names (`lorasb::shrink_triton`,
+`lorasb::shrink_cuda`) that share a schema and a fake. Schemas are defined here in Python, so
+`torch.compile` and `opcheck` see all of them even where a backend is not installed; the
+implementation of a Triton operator is imported at its first call and the CUDA extension registers
+its own.
 
 `reference` runs everywhere. `triton` needs an NVIDIA GPU of compute capability 8.0
 or newer, or `TRITON_INTERPRET=1`. `cuda` needs the compiled extension and such a GPU.
@@ -8,12 +15,13 @@ A backend that is named and cannot run raises; only `auto` chooses.
 import functools
 import importlib
 import os
+from collections.abc import Callable
 
 import torch
 
-from lorasb_kernels.ops import extension
-from lorasb_kernels.ops.registry import BACKENDS
+from lorasb_kernels.ops import extension, reference, triton
 
+BACKENDS = ("reference", "triton", "cuda")
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -103,4 +111,51 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "reference", "; ".join(passed_over)
 
 
-__all__ = ["DTYPES", "choose_backend", "interpreting", "obstacle", "resolve_backend"]
+library = torch.library.Library("lorasb", "DEF")
+
+
+class BackendOperator:
+    """One operation with an operator `lorasb::<name>_<backend>` for each backend.
+
+    Args:
+        name: operation name, also the name of its file in `lorasb_kernels.ops` and of its
+            function in `reference.py`; `triton.IMPLEMENTATIONS` says where Triton's is.
+        schema: argument and return part of the schema, `(Tensor x, ...) -> Tensor`.
+        fake: shape function with the operator's signature.
+    """
+
+    def __init__(self, name: str, schema: str, fake: Callable):
+        self.name = name
+        for backend in BACKENDS:
+            operator = f"{name}_{backend}"
+            library.define(f"{operator}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"lorasb::{operator}", fake, lib=library)
+            if backend != "cuda":
+                library.impl(operator, self._deferred(backend), "CompositeExplicitAutograd")
+
+    def _implementation(self, backend: str) -> Callable:
+        if backend == "triton":
+            return triton.implementation(self.name)
+        return getattr(reference, self.name)
+
+    def _deferred(self, backend: str) -> Callable:
+        def implementation(*args, **kwargs):
+            return self._implementation(backend)(*args, **kwargs)
+
+        return implementation
+
+    def __call__(self, backend: str, *args):
+        """Runs the operator of `backend`, a name that `resolve_backend` returned."""
+        return getattr(torch.ops.lorasb, f"{self.name}_{backend}")(*args)
+
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "BackendOperator",
+    "choose_backend",
+    "interpreting",
+    "library",
+    "obstacle",
+    "resolve_backend",
+]

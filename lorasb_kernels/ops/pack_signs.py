@@ -5,9 +5,8 @@ Reads 4·m·n bytes, writes m·n/4; no flops.
 
 import torch
 
-from lorasb_kernels.ops.backend import resolve_backend
 from lorasb_kernels.ops.bitplanes import words
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator, resolve_backend
 
 
 def _fake(acc):
@@ -19,7 +18,6 @@ _operator = BackendOperator(
     "pack_signs",
     "(Tensor acc) -> (Tensor positive, Tensor negative)",
     fake=_fake,
-    package=__package__,
 )
 
 

@@ -9,9 +9,8 @@ matrix, 16 times the planes in fp32, never exists whole.
 
 import torch
 
-from lorasb_kernels.ops.backend import resolve_backend
 from lorasb_kernels.ops.bitplanes import check_planes
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator, resolve_backend
 
 
 def _fake(positive, negative, dense, columns, transpose):
@@ -22,7 +21,6 @@ _operator = BackendOperator(
     "sign_matmul",
     "(Tensor positive, Tensor negative, Tensor dense, int columns, bool transpose) -> Tensor",
     fake=_fake,
-    package=__package__,
 )
 
 

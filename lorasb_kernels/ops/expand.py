@@ -11,7 +11,7 @@ Reads x, W, p, B; writes y once; 2·M·N·(K + r) flops.
 
 import torch
 
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator
 
 
 def _fake(x, weight, p, factor, bias, dropout_p, seed):
@@ -23,7 +23,6 @@ _operator = BackendOperator(
     "(Tensor x, Tensor weight, Tensor p, Tensor factor, Tensor? bias, float dropout_p,"
     " Tensor? seed) -> Tensor",
     fake=_fake,
-    package=__package__,
 )
 
 

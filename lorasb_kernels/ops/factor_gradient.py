@@ -19,7 +19,7 @@ of 64 it moves four times the bytes.
 
 import torch
 
-from lorasb_kernels.ops.registry import BackendOperator
+from lorasb_kernels.ops.dispatch import BackendOperator
 from lorasb_kernels.ops.sign_accumulate import sign_accumulate_
 
 
@@ -32,7 +32,6 @@ _operator = BackendOperator(
     "factor_gradient",
     "(Tensor left, Tensor rows, float dropout_p, Tensor? seed) -> Tensor",
     fake=_fake,
-    package=__package__,
 )
 
 

@@ -1,0 +1,127 @@
+"""The whole method in plain PyTorch: what every kernel of this package must compute.
+
+The adapted layer, for M tokens, with W [m, n], bias [m], A [r, n] and B [m, r] frozen and
+R [r, r] trained:
+
+    h = x Aᵀ                    [M, r]    shrink
+    p = s · h Rᵀ                [M, r]    shrink
+    y = x Wᵀ + p Bᵀ + bias      [M, m]    expand
+
+    g = dy B                    [M, r]    core_backward
+    q = s · g R                 [M, r]    core_backward
+    dR = s · gᵀ h               [r, r]    core_backward
+    dx = dy W + q A             [M, n]    expand, on Wᵀ and Aᵀ
+
+and, where A and B are trained instead of R (LoRA, LoRA-One), their gradients (factor_gradient).
+
+The initialization of LoRA-SB needs the signs of the weight gradient over some samples: summed
+over calls (sign_accumulate) and packed (pack_signs), or in one shot (sign_gradient); the truncated
+SVD multiplies the packed signs (sign_matmul). The operations' files beside this one hold their
+shapes, byte and flop counts; `triton/` and `csrc/` the kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from lorasb_kernels.ops.bitplanes import UNPACKED_AT_ONCE, panels, signs_of, unpack
+from lorasb_kernels.ops.dropout import keep_mask
+from lorasb_kernels.ops.precision import autocast_disabled
+from lorasb_kernels.ops.token_rows import accumulator_dtype
+
+# Tokens widened to fp32 at a time: bounds the copies of 16-bit operands.
+CHUNK = 2048
+
+
+@autocast_disabled
+def shrink(x, lora_A, lora_R, scaling, dropout_p, seed):
+    """h = drop(x) Aᵀ [M, r] and p = s · h Rᵀ [M, r]; the core runs in the dtype of R, fp32."""
+    if dropout_p > 0:
+        mask = keep_mask(*x.shape, dropout_p, seed)
+        x = torch.where(mask, x * (1 / (1 - dropout_p)), 0)
+    h = x @ lora_A.T
+    p = scaling * (h.to(lora_R.dtype) @ lora_R.T)
+    return h, p.to(x.dtype)
+
+
+@autocast_disabled
+def expand(x, weight, p, factor, bias, dropout_p, seed):
+    """y = x Wᵀ + drop(p Bᵀ) + bias [M, m]: the frozen product, and the expansion added in place.
+
+    The backward pass computes dx = dy W + drop(q A) with it, on Wᵀ and Aᵀ.
+    """
+    y = F.linear(x, weight, bias)
+    if dropout_p == 0:
+        return y.addmm_(p, factor.T)
+    mask = keep_mask(*y.shape, dropout_p, seed)
+    return y.add_(torch.where(mask, (p @ factor.T) * (1 / (1 - dropout_p)), 0))
+
+
+@autocast_disabled
+def core_backward(dy, h, lora_B, lora_R, scaling):
+    """q = s · g R [M, r] and dR = s · gᵀ h [r, r] from g = dy B, in the dtype of R."""
+    g = (dy @ lora_B).to(lora_R.dtype)
+    q = scaling * (g @ lora_R)
+    dR = scaling * (g.T @ h.to(lora_R.dtype))
+    return q.to(dy.dtype), dR
+
+
+@autocast_disabled
+def factor_gradient(left, rows, dropout_p, seed):
+    """leftᵀ drop(rows): dA [r, n] from (q, x), or dB [m, r] transposed from (p, dy)."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    left, rows = left.to(dtype), rows.to(dtype)
+    if dropout_p > 0:
+        rows = torch.where(keep_mask(*rows.shape, dropout_p, seed), rows, 0)
+        return (left.T @ rows).mul_(1 / (1 - dropout_p))
+    return left.T @ rows
+
+
+@autocast_disabled
+def sign_accumulate(acc, grad_output, x, row_weight):
+    """acc += (w ⊙ dy)ᵀ x [m, n], in the dtype of the accumulator."""
+    for start in range(0, x.shape[0], CHUNK):
+        rows = slice(start, start + CHUNK)
+        dy = grad_output[rows].to(acc.dtype)
+        if row_weight is not None:
+            dy = dy * row_weight[rows, None]
+        acc.addmm_(dy.T, x[rows].to(acc.dtype))
+
+
+@autocast_disabled
+def sign_gradient(grad_output, x, row_weight):
+    """The bit planes of sign((w ⊙ dy)ᵀ x), [m, ceil(n/32)] each."""
+    dy = grad_output.to(accumulator_dtype(x))
+    if row_weight is not None:
+        dy = dy * row_weight[:, None]
+    return signs_of(dy.T @ x.to(dy.dtype))
+
+
+def pack_signs(acc):
+    """The bit planes of sign(acc)."""
+    return signs_of(acc)
+
+
+@autocast_disabled
+def sign_matmul(positive, negative, dense, columns, transpose):
+    """S Z [m, q], or Sᵀ Z [n, q], from the planes of S, unpacking a panel of rows at a time."""
+    m, q = positive.shape[0], dense.shape[1]
+    out = dense.new_zeros(columns if transpose else m, q)
+    for rows in panels(m, columns, UNPACKED_AT_ONCE):
+        panel = unpack(positive[rows], negative[rows], columns)
+        if transpose:
+            out.addmm_(panel.T, dense[rows])
+        else:
+            out[rows] = panel @ dense
+    return out
+
+
+__all__ = [
+    "core_backward",
+    "expand",
+    "factor_gradient",
+    "pack_signs",
+    "shrink",
+    "sign_accumulate",
+    "sign_gradient",
+    "sign_matmul",
+]
