@@ -28,7 +28,7 @@ $(VENV)/base.stamp: constraints.txt
 	$(PIP) install -c constraints.txt torch setuptools wheel ninja
 	touch $@
 
-$(VENV)/demo.stamp: $(VENV)/base.stamp setup.py
+$(VENV)/demo.stamp: $(VENV)/base.stamp setup.py pyproject.toml
 	LORASB_SKIP_CUDA=1 $(PIP) install -c constraints.txt --no-build-isolation -e ".[demo]"
 	touch $@
 

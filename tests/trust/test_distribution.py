@@ -1,14 +1,18 @@
 """What is distributed: the package and nothing else, built from its own files, offline."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_file
 from pathlib import Path
 
 import pytest
+
+from lorasb_kernels import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE", "NOTICE")
@@ -52,7 +56,7 @@ def built(tmp_path_factory) -> tuple[set[str], set[str], Path]:
     )
     assert completed.returncode == 0, completed.stderr
     (wheel,), (sdist,) = folder.glob("dist/*.whl"), folder.glob("dist/*.tar.gz")
-    assert wheel.name == "lorasb_kernels-0.1.0-py3-none-any.whl"
+    assert wheel.name == f"lorasb_kernels-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "wheel")
         in_wheel = set(archive.namelist())
@@ -71,6 +75,29 @@ def test_the_wheel_holds_the_package_and_its_licenses(built):
         "licenses/LICENSE",
         "licenses/NOTICE",
     }
+
+
+def test_the_wheel_says_what_it_is_and_what_it_needs(built):
+    _, _, wheel = built
+    (folder,) = wheel.glob("*.dist-info")
+    with (folder / "METADATA").open() as file:
+        found = message_from_file(file)
+    assert (found["Name"], found["Version"]) == ("lorasb_kernels", __version__)
+    assert found["Requires-Python"] == ">=3.10"
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    needs = found.get_all("Requires-Dist")
+    core = {re.match(r"[\w-]+", need)[0] for need in needs if "extra ==" not in need}
+    assert core == {"torch", "triton", "numpy", "safetensors"}
+    extras = {"train", "demo", "bench", "quantized", "docs", "test", "full"}
+    assert set(found.get_all("Provides-Extra")) == extras
+    entry = (folder / "entry_points.txt").read_text()
+    assert entry == "[console_scripts]\nlorasb = lorasb_kernels.cli.main:main\n"
+
+
+def test_the_version_stands_once():
+    for name in ("setup.py", "pyproject.toml"):
+        assert __version__ not in (ROOT / name).read_text()
 
 
 def test_the_source_distribution_holds_what_builds_it(built):
