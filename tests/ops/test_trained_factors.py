@@ -9,7 +9,7 @@ from lorasb_kernels.functional import lorasb_group, lorasb_linear
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.lorasb_linear.checks import check_backend
 from tests.contract import assert_within_contract
-from tests.test_functional import operands
+from tests.ops.test_lorasb_linear import operands
 
 FACTORS = ("lora_A", "lora_R", "lora_B")
 TRAINED = [

@@ -13,8 +13,8 @@ from lorasb_kernels.ops.triton.weight_gradient import sign_accumulate, sign_grad
 from tests.aot.emulator import ARCH, emulated, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import normal, same_bits
-from tests.signs.test_gradients import clear_signs, exact, operands
-from tests.signs.test_sign_matmul import signs
+from tests.ops.test_sign_gradient import clear_signs, exact, operands
+from tests.ops.test_sign_matmul import signs
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -27,7 +27,7 @@ def no_tuning_known(monkeypatch):
 def hopper(monkeypatch):
     """A device that takes the same time for every shape; the file and the routes are real."""
     if torch.cuda.is_available():
-        pytest.skip("tests/ops/test_route.py measures on the device")
+        pytest.skip("tests/ops/triton/test_expand_route.py measures on the device")
 
     def measure(layer, transposed, dtype, device):
         N, K = (layer.n, layer.m) if transposed else (layer.m, layer.n)

@@ -32,7 +32,7 @@ def run(*arguments: str) -> str:
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_emulated(kernel):
-    run("tests.signs.ptx_checks", kernel)
+    run("tests.aot.sign_ptx_checks", kernel)
 
 
 def check_resources(*options: str) -> None:

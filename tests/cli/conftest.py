@@ -1,0 +1,5 @@
+"""The tiny models, tokenizer and rows of the trainer's tests, for the commands too."""
+
+from tests.train.conftest import bert, llama, sums_file, tokenizer
+
+__all__ = ["bert", "llama", "sums_file", "tokenizer"]
