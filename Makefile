@@ -11,7 +11,8 @@
 #                       benchmarks; PART=tests|kernels|linear|init|train for one part, DRY=1
 #                       for the whole path on the CPU with tiny shapes, OUT= for the results,
 #                       PY= for an interpreter that has torch already
-#   make docs           docs/api.md and, into out/docs, the API reference from the docstrings
+#   make docs           docs/api.md, the picture of README.md and, into out/docs, the API
+#                       reference from the docstrings
 #   make wheel          wheels without and, with a CUDA toolkit, with the extension
 
 PYTHON ?= python3
@@ -67,6 +68,7 @@ gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/test.stamp)
 
 docs: $(VENV)/test.stamp
 	$(PY) docs/build.py
+	$(PY) docs/adapter_path.py
 
 wheel: $(VENV)/base.stamp
 	LORASB_SKIP_CUDA=1 $(PIP) wheel --no-deps --no-build-isolation -w dist/pure .
