@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorasb_kernels.ops import projection, weight_gradient
 from lorasb_kernels.ops.triton import (
     core_backward,
     expand,
     expand_descriptor,
     factor_gradient,
     pack_signs,
+    projection,
     sign_matmul,
+    weight_gradient,
 )
 
 ARCH = "sm_86"

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.init import boundary_store, estimate_updates
+from lorasb_kernels.init import estimate_updates
 from lorasb_kernels.init.estimation import api as estimate_module
+from lorasb_kernels.init.estimation import boundary_store
 from lorasb_kernels.init.estimation.gradient_sums import GradientSums
 from lorasb_kernels.targets import adapted_layers
 from tests.init.models import (

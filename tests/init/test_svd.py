@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lorasb_kernels.init import SignMatrix, chebyshev, svd, truncated_svd, truncated_svd_batch
+from lorasb_kernels.init import SignMatrix, truncated_svd, truncated_svd_batch
+from lorasb_kernels.init.svd import chebyshev, truncated
 from lorasb_kernels.init.svd.orthonormal import cholesky_qr2, orthonormalize
 
 
@@ -193,8 +194,8 @@ def test_largest_entry_of_each_left_vector_is_positive():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Many matrices in lockstep, from a random block; packed products, Cholesky QR."""
-    monkeypatch.setattr(svd, "_tactics", lambda device: svd.GPU)
-    monkeypatch.setattr(svd, "orthonormalize", cholesky_qr2)
+    monkeypatch.setattr(truncated, "_tactics", lambda device: truncated.GPU)
+    monkeypatch.setattr(truncated, "orthonormalize", cholesky_qr2)
     monkeypatch.setattr(chebyshev, "orthonormalize", cholesky_qr2)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lorasb_kernels.ops.dispatch import obstacle
-from lorasb_kernels.ops.expand import expand, route
+from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.triton import expand as expand_triton
+from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.tiles import ExpandTile
 from tests.ops.conftest import ON_GPU
