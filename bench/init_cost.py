@@ -22,7 +22,8 @@ import torch
 
 from bench.contenders_init import CONTENDERS
 from bench.environment import environment
-from lorasb_kernels.utils.files import replacing, write_text
+from lorasb_kernels.utils.figures import Styles, new_figure, save_png
+from lorasb_kernels.utils.files import write_text
 
 CURVE = ("plain, targets only", "resident", "layerwise")
 
@@ -89,30 +90,23 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Draws peak memory and time against the number of blocks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, seconds) = pyplot.subplots(1, 2, figsize=(9, 3.8), dpi=150)
+    figure, (memory, seconds) = new_figure(2, (9, 3.8))
+    styles = Styles()
     for contender in CURVE:
         points = sorted((r["layers"], r) for r in results if r["contender"] == contender)
         layers = [count for count, _ in points]
         peak = [result["peak_bytes"] / 1e6 for _, result in points]
-        (line,) = memory.plot(layers, peak, marker="o", label=contender)
+        style = styles.line(contender)
+        memory.plot(layers, peak, marker="o", label=contender, **style)
         if contender == "layerwise":
             inside = [(r["peak_bytes"] - r["boundaries_bytes"]) / 1e6 for _, r in points]
             label = "layerwise without block boundaries"
-            memory.plot(layers, inside, ":", color=line.get_color(), label=label)
-        seconds.plot(layers, [result["seconds"] for _, result in points], marker="o")
+            memory.plot(layers, inside, color=style["color"], linestyle=":", label=label)
+        seconds.plot(layers, [result["seconds"] for _, result in points], marker="o", **style)
     memory.set(xlabel="blocks", ylabel="peak beyond the model, MB", ylim=0)
     seconds.set(xlabel="blocks", ylabel="CPU seconds, one thread", ylim=0)
     memory.legend(fontsize=7)
-    for axes in (memory, seconds):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    with replacing(path) as building:
-        figure.savefig(building, format="png")
+    save_png(figure, path)
 
 
 def main() -> None:

@@ -4,31 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorasb_kernels.profiling.results import Results, Row
-from lorasb_kernels.utils.files import replacing
+from lorasb_kernels.utils.figures import Styles, new_figure, save_png
 
 
 def draw_plots(found: Results, folder: str | Path) -> list[Path]:
     """Draws what the results have numbers for; returns the PNG files, in `folder`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    files = []
+    files, styles = [], Styles()
     for name, draw in PLOTS.items():
-        figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=150)
-        if draw(found, axes):
-            axes.grid(alpha=0.3)
+        figure, axes = new_figure(size=(7.5, 4.5))
+        if draw(found, axes, styles):
             where = found.environment
             figure.text(
                 0.995, 0.005, f"{where.gpu}, {where.date[:10]}", ha="right", fontsize="x-small"
             )
-            figure.tight_layout()
-            path = Path(folder) / f"{where.folder}-{name}.png"
-            with replacing(path) as building:
-                figure.savefig(building, format="png")
-            files.append(path)
-        pyplot.close(figure)
+            files.append(Path(folder) / f"{where.folder}-{name}.png")
+            save_png(figure, files[-1])
     return files
 
 
@@ -42,7 +32,7 @@ def _ratios(rows: Sequence[Row]) -> list[tuple[Row, float]]:
     ]
 
 
-def overhead_over_tokens(found: Results, axes) -> bool:
+def overhead_over_tokens(found: Results, axes, styles: Styles) -> bool:
     """Forward and backward of a block over the frozen block, by tokens."""
     rows = found.select(op="block.both", quantity="time", quantile="p50")
     lines: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
@@ -55,7 +45,8 @@ def overhead_over_tokens(found: Results, axes) -> bool:
         lines.items(), key=lambda item: max(len(points) for points in item[1].values())
     )
     for name, points in contenders.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        style = styles.line(name, r)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlabel="tokens", ylabel="time over frozen", title=f"{shape}, r = {r}, both passes")
     axes.set_xscale("log", base=2)
@@ -63,7 +54,7 @@ def overhead_over_tokens(found: Results, axes) -> bool:
     return True
 
 
-def bars_by_shape(found: Results, axes) -> bool:
+def bars_by_shape(found: Results, axes, styles: Styles) -> bool:
     """Forward and backward over the frozen layer, by shape, at the most tokens."""
     rows = [
         row
@@ -82,7 +73,7 @@ def bars_by_shape(found: Results, axes) -> bool:
     for i, name in enumerate(names):
         heights = {row.shape: ratio for row, ratio in chosen if row.contender == name}
         places = [shapes.index(shape) + (i - len(names) / 2 + 0.5) * width for shape in heights]
-        axes.bar(places, list(heights.values()), width, label=name)
+        axes.bar(places, list(heights.values()), width, label=name, color=styles.color(name))
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(shapes)), shapes, fontsize="x-small")
     axes.set(ylabel="time over frozen", title=f"M = {tokens}, r = {rank}, both passes")
@@ -94,7 +85,7 @@ def _shapes_at(pairs: Sequence[tuple[Row, float]], tokens: int) -> int:
     return len({row.shape for row, _ in pairs if row.tokens == tokens})
 
 
-def roofline(found: Results, axes) -> bool:
+def roofline(found: Results, axes, styles: Styles) -> bool:
     """Achieved rate of each kernel over its flops a byte, under the measured ceilings."""
     ceilings = {row.quantity: row.value for row in found.select(op="ceiling", dtype="bfloat16")}
     kernels = [row for row in found.select(quantity="rate") if row.op.startswith("kernel.")]
@@ -107,7 +98,7 @@ def roofline(found: Results, axes) -> bool:
     if not points or len(ceilings) < 2:
         return False
     for name, pairs in points.items():
-        axes.scatter(*zip(*pairs, strict=True), s=14, label=name)
+        axes.scatter(*zip(*pairs, strict=True), s=14, label=name, color=styles.color(name))
     ridge = 1e3 * ceilings["rate"] / ceilings["bandwidth"]  # flops a byte
     axes.plot(
         [ridge / 256, ridge, ridge * 16],
@@ -121,29 +112,35 @@ def roofline(found: Results, axes) -> bool:
     return True
 
 
-def memory(found: Results, axes) -> bool:
+def memory(found: Results, axes, styles: Styles) -> bool:
     """What forward keeps for backward, by contender, in the case with the most tokens."""
     rows = found.select(quantity="saved_memory")
     if not rows:
         return False
     largest = max(rows, key=lambda row: (row.op.startswith("block"), row.tokens, row.r))
     chosen = [row for row in rows if row.case == largest.case]
-    axes.barh([row.contender for row in chosen], [row.value / 1e6 for row in chosen])
-    axes.invert_yaxis()
+    _horizontal_bars(chosen, axes, styles)
     axes.set(xlabel="MB kept for backward")
     axes.set_title(f"{largest.shape}, M = {largest.tokens}, r = {largest.r}")
     return True
 
 
-def init_time(found: Results, axes) -> bool:
+def init_time(found: Results, axes, styles: Styles) -> bool:
     """Seconds of a whole model's initialization, by contender."""
     rows = found.select(op="init.model", quantity="time", quantile="p50")
     if not rows:
         return False
-    axes.barh([row.contender for row in rows], [row.value / 1e6 for row in rows])
-    axes.invert_yaxis()
+    _horizontal_bars(rows, axes, styles)
     axes.set(xlabel="seconds", title=f"initialization, {rows[0].shape}, r = {rows[0].r}")
     return True
+
+
+def _horizontal_bars(rows: Sequence[Row], axes, styles: Styles) -> None:
+    """A bar per contender, the first on top, in millionths of the rows' unit."""
+    names = [row.contender for row in rows]
+    colors = [styles.color(name) for name in names]
+    axes.barh(names, [row.value / 1e6 for row in rows], color=colors)
+    axes.invert_yaxis()
 
 
 PLOTS = {

@@ -6,10 +6,8 @@ grouped by the operation that reads and writes them.
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 FILE = Path(__file__).with_name("figures") / "adapter_path.svg"
@@ -76,8 +74,9 @@ def draw(path: Path) -> None:
         "svg.fonttype": "none",
         "svg.hashsalt": "adapter path",
     }
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(7.0, 5.54))
+    with rc_context(style):
+        figure = Figure(figsize=(7.0, 5.54))
+        axes = figure.subplots()
         row(
             axes,
             4.6,
@@ -127,7 +126,6 @@ def draw(path: Path) -> None:
         axes.axis("off")
         figure.subplots_adjust(0, 0, 1, 1)
         figure.savefig(path, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
 
 
 if __name__ == "__main__":

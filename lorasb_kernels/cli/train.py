@@ -71,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
 
     from lorasb_kernels.train.progress import console
     from lorasb_kernels.train.run import finetune, is_main_process, read
-    from lorasb_kernels.train.summary import plot_losses, runs_table
+    from lorasb_kernels.train.summary import Curve, loss_figure, runs_table
+    from lorasb_kernels.utils.figures import save_png
 
     logging.disable_progress_bar()
     train_rows = read(configs[0], configs[0].data)
@@ -80,8 +81,11 @@ def run(options: argparse.Namespace) -> int:
     if is_main_process():
         folder = Path(configs[0].output_dir)
         plot = (folder if len(configs) == 1 else folder.parent) / "loss.png"
-        curves = {result.config.method: result.losses for result in results}
-        plot_losses(curves, plot, f"{Path(configs[0].model).name}, r = {configs[0].r}")
+        curves = [
+            Curve(config.method, None if config.method == "full" else config.r, result.losses)
+            for config, result in zip(configs, results, strict=True)
+        ]
+        save_png(loss_figure(curves, Path(configs[0].model).name), plot)
         console.print(runs_table(results))
         console.print(f"loss curve: {plot}")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lorasb_kernels.init.svd.truncated import TruncatedSVD
+from lorasb_kernels.utils.figures import new_figure, save_png
 from lorasb_kernels.utils.files import replacing
 
 LEADING = 3  # singular values shown
@@ -104,23 +105,14 @@ class InitReport:
 
     def plot(self, path: str | Path) -> None:
         """Draws captured energy over depth as PNG, one line for layers of the same kind."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
+        figure, axes = new_figure()
         for kind, energies in self._energy_by_kind().items():
             axes.plot(range(len(energies)), energies, marker="o", markersize=3, label=kind)
         ranks = {layer.r for layer in self.layers.values()}
         title = f"captured energy at rank {', '.join(map(str, sorted(ranks)))}"
         axes.set(xlabel="depth", ylabel="captured energy", title=title, ylim=(0, 1))
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2)
-        figure.tight_layout()
-        with replacing(path) as building:
-            figure.savefig(building, format="png")
-        pyplot.close(figure)
+        save_png(figure, path)
 
     def _energy_by_kind(self) -> dict[str, list[float]]:
         """Captured energy by the last part of the layers' names, in order of depth."""

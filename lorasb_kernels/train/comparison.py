@@ -21,7 +21,8 @@ from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Rows, finetune
-from lorasb_kernels.train.summary import plot_losses
+from lorasb_kernels.train.summary import Curve, loss_figure
+from lorasb_kernels.utils.figures import save_png
 from lorasb_kernels.utils.files import write_json, write_text
 from lorasb_kernels.utils.tables import markdown_table
 
@@ -52,6 +53,10 @@ class Contender:
     def name(self) -> str:
         """For tables and folders."""
         return self.label or (self.method if self.method == "full" else f"{self.method}-r{self.r}")
+
+    def curve(self, losses: Sequence[tuple[int, float]]) -> Curve:
+        """Its (step, loss) points for a figure."""
+        return Curve(self.label or self.method, None if self.method == "full" else self.r, losses)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Comparison:
         unknown = [name for name in only if name not in known]
         if unknown:
             raise ConfigError(f"no contender {unknown[0]!r}; expected some of {', '.join(known)}")
-        rows, curves = [], {}
+        rows, curves = [], []
         for contender in contenders:
             if only and contender.name not in only:
                 continue
@@ -133,11 +138,11 @@ class Comparison:
             best = max(tried, key=tried.get) if tried else chooses.learning_rates[0]
             final = [self.cell(contender, best, seed, "test") for seed in self.seeds]
             rows.append(self.row(contender, best, tried, final))
-            curves[contender.name] = final[0]["losses"]
+            curves.append(contender.curve(final[0]["losses"]))
             write_json(self.folder / "table.json", rows)
             write_text(self.folder / "table.md", self.markdown(rows))
             title = f"{self.task.title}, seed {self.seeds[0]}"
-            plot_losses(curves, self.folder / "loss.png", title, window=20)
+            save_png(loss_figure(curves, title, window=20), self.folder / "loss.png")
         return rows
 
     def validated(self, contender: Contender) -> dict[float, float]:

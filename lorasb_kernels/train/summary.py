@@ -1,15 +1,13 @@
-"""What a person looks at after a run: the table of runs, and loss curves as PNG."""
+"""What a person looks at after a run: the table of runs and the loss curves."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 from rich.table import Table
 
 from lorasb_kernels.train.run import Result
-from lorasb_kernels.utils.files import replacing
-
-Curve = Sequence[tuple[int, float]]
+from lorasb_kernels.utils.figures import Styles, new_figure
 
 
 def standard_error(share: float, count: int) -> float:
@@ -23,7 +21,7 @@ def minutes(seconds: float) -> str:
 
 
 def runs_table(results: Sequence[Result]) -> Table:
-    """One row a run: method, rank, what it trained, its losses, metric and time."""
+    """One row per run: method, rank, what it trained, its losses, metric and time."""
     metric = results[0].config.evaluation
     table = Table(title="runs")
     table.add_column("method")
@@ -47,34 +45,49 @@ def runs_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def plot_losses(curves: dict[str, Curve], path: Path, title: str, window: int = 8) -> None:
-    """Draws loss over steps, one line a run: raw values pale, their running mean strong.
+@dataclass(frozen=True)
+class Curve:
+    """The training loss of one run.
 
     Args:
-        curves: (step, loss) points by the name of the run.
-        path: PNG to write.
+        method: decides the colour.
+        r: decides the line style; None for a method without a rank.
+        points: (step, loss).
+    """
+
+    method: str
+    r: int | None
+    points: Sequence[tuple[int, float]]
+
+    @property
+    def label(self) -> str:
+        """For the legend."""
+        return self.method if self.r is None else f"{self.method}, r = {self.r}"
+
+
+def loss_figure(curves: Sequence[Curve], title: str, window: int = 8):
+    """Loss over steps: the running mean of each run; the raw values, pale, if there is one run.
+
+    Args:
+        curves: one per run.
         title: above the axes.
         window: steps of the running mean.
+
+    Returns:
+        a matplotlib figure.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
-    for name, curve in curves.items():
-        steps, losses = zip(*curve, strict=True)
+    figure, axes = new_figure()
+    styles = Styles()
+    for curve in curves:
+        steps, losses = zip(*curve.points, strict=True)
         smooth = [
             sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
             for i in range(len(losses))
         ]
-        (line,) = axes.plot(steps, smooth, label=name, linewidth=1.8)
+        style = styles.line(curve.method, curve.r)
+        axes.plot(steps, smooth, label=curve.label, linewidth=1.8, **style)
         if len(curves) == 1:
-            axes.plot(steps, losses, color=line.get_color(), alpha=0.3, linewidth=0.8)
+            axes.plot(steps, losses, color=style["color"], alpha=0.3, linewidth=0.8)
     axes.set(xlabel="step", ylabel="training loss", title=title)
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    with replacing(path) as building:
-        figure.savefig(building, format="png")
-    pyplot.close(figure)
+    return figure

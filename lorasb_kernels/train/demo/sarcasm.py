@@ -21,7 +21,8 @@ from lorasb_kernels.train.errors import InputError
 from lorasb_kernels.train.evaluation import generate
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Clock, Result, finetune
-from lorasb_kernels.train.summary import minutes, plot_losses, standard_error
+from lorasb_kernels.train.summary import Curve, loss_figure, minutes, standard_error
+from lorasb_kernels.utils.figures import save_png
 from lorasb_kernels.utils.files import atomic_folder
 
 STEPS = 60
@@ -93,7 +94,8 @@ def run_demo(output_dir: str) -> Result:
     with clock.phase("answer"):
         question = test_rows[0].instruction
         answer = ask(folder / "merged", encoder, question)
-    plot_losses({"LoRA-SB, r = 16": result.losses}, folder / "loss.png", "SmolLM2-135M, headlines")
+    curve = Curve(config.method, config.r, result.losses)
+    save_png(loss_figure([curve], "SmolLM2-135M, headlines"), folder / "loss.png")
     result.seconds |= clock.seconds | {"total": time.perf_counter() - start}
     console.print(summary(result, question, answer, folder))
     return result
