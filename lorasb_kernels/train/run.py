@@ -25,6 +25,7 @@ from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
 from lorasb_kernels.train.evaluation import evaluate
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
 from lorasb_kernels.train.progress import TrainingBar, track
+from lorasb_kernels.train.separation import check_separation
 from lorasb_kernels.train.trainer import (
     AdapterTrainer,
     checkpoints,
@@ -156,6 +157,9 @@ def finetune(
         if config.batching == "packed":
             samples = pack(samples, config.max_length)
     model.to(arguments.device)
+    batch_size = max(config.batch_size, config.eval_batch_size)
+    if config.batching == "packed" or batch_size > 1:
+        check_separation(model, unpacked, encoder.pad_token_id, config.batching == "packed")
 
     def judge(description: str) -> float | None:
         if not eval_rows:
