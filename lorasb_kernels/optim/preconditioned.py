@@ -125,14 +125,16 @@ class PreconditionedAdamW(torch.optim.Optimizer):
                 self._adamw(group, parameters, [p.grad for p in parameters])
                 continue
             As, Bs = _with_gradients(group["params"][::2], group["params"][1::2])
-            if not As:
-                continue
-            left = self._inverse_grams([B.mT for B in Bs], group["damping"])
-            self._adamw(group, As, _products(left, [A.grad for A in As]))
-            right = self._inverse_grams(As, group["damping"])
-            gradients = _products(right, [B.grad.mT for B in Bs])
-            self._adamw(group, Bs, [gradient.mT.contiguous() for gradient in gradients])
+            if As:
+                self._step_pairs(group, As, Bs)
         return loss
+
+    def _step_pairs(self, group: dict, As: list[torch.Tensor], Bs: list[torch.Tensor]) -> None:
+        left = self._inverse_grams([B.mT for B in Bs], group["damping"])
+        self._adamw(group, As, _products(left, [A.grad for A in As]))
+        right = self._inverse_grams(As, group["damping"])
+        gradients = _products(right, [B.grad.mT for B in Bs])
+        self._adamw(group, Bs, [gradient.mT.contiguous() for gradient in gradients])
 
     def _inverse_grams(self, factors: Sequence[torch.Tensor], damping: float) -> list[torch.Tensor]:
         """(F Fᵀ + λI)⁻¹ of each F [r, k]."""
