@@ -86,7 +86,7 @@ def _shapes_at(pairs: Sequence[tuple[Row, float]], tokens: int) -> int:
 
 
 def roofline(found: Results, axes, styles: Styles) -> bool:
-    """Achieved rate of each kernel over its flops a byte, under the measured ceilings."""
+    """Achieved rate of each kernel over its flops per byte, under the measured ceilings."""
     ceilings = {row.quantity: row.value for row in found.select(op="ceiling", dtype="bfloat16")}
     kernels = [row for row in found.select(quantity="rate") if row.op.startswith("kernel.")]
     points: dict[str, list[tuple[float, float]]] = {}
@@ -99,14 +99,14 @@ def roofline(found: Results, axes, styles: Styles) -> bool:
         return False
     for name, pairs in points.items():
         axes.scatter(*zip(*pairs, strict=True), s=14, label=name, color=styles.color(name))
-    ridge = 1e3 * ceilings["rate"] / ceilings["bandwidth"]  # flops a byte
+    ridge = 1e3 * ceilings["rate"] / ceilings["bandwidth"]  # flops per byte
     axes.plot(
         [ridge / 256, ridge, ridge * 16],
         [ceilings["rate"] / 256, ceilings["rate"], ceilings["rate"]],
         color="black",
         linewidth=1,
     )
-    axes.set(xlabel="flops a byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+    axes.set(xlabel="flops per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
     axes.set_title("kernels under the measured roofline")
     axes.legend(fontsize="small")
     return True

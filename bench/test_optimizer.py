@@ -16,7 +16,7 @@ from lorasb_kernels.profiling.costs import Cost
 from lorasb_kernels.profiling.timing import interleave, peak_bytes
 
 # Reads R, its gradient and both moments and writes all but the gradient; reads the gradient once
-# more and writes it to clip it; writes it to clear it. All fp32. Some 20 flops an element.
+# more and writes it to clip it; writes it to clear it. All fp32. Some 20 flops per element.
 BYTES, FLOPS = 4 * (4 + 3 + 2 + 1), 20
 
 

@@ -1,4 +1,4 @@
-"""A training step of the papers' models: tokens a second and peak memory."""
+"""A training step of the papers' models: tokens per second and peak memory."""
 
 import contextlib
 from dataclasses import dataclass

@@ -17,12 +17,12 @@
 
 #include "ops.h"
 
-// torch's CPU build lacks this symbol. Weak, it lets the library load there all the same: with
-// no CUDA tensors in the process, no operator of ours is ever reached.
+// torch's CPU build lacks this symbol. Declared weak, it does not stop the library from loading
+// there: without CUDA tensors in the process, these operators are never reached.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
                                                                                    void**);
 
-// What was built, read by lorasb_kernels/build_info.py.
+// What was built, read by `build_info` in `lorasb_kernels/ops/extension.py`.
 extern "C" __attribute__((visibility("default"))) const char* lorasb_build_info() {
   return LORASB_BUILD_INFO;
 }
@@ -63,7 +63,7 @@ class Arguments {
                     tensor.stride(0), "; expected it contiguous");
   }
 
-  // The element type of the matrix that decides it for all others.
+  // The element type of the matrix whose type all others must have.
   lorasb::DType matrix_dtype(const char* name, const Tensor& tensor) const {
     STD_TORCH_CHECK(tensor.dim() == 2, op_, ": ", name, " has shape ", shape_of(tensor),
                     "; expected two dimensions");
@@ -77,7 +77,7 @@ class Arguments {
                     "; expected Half, BFloat16 or Float");
   }
 
-  // The rank, which the fp32 core [r, r] decides.
+  // The rank, taken from the fp32 core [r, r].
   int64_t rank(const char* name, const Tensor& core) const {
     STD_TORCH_CHECK(core.dim() == 2 && 1 <= core.size(0) && core.size(0) <= MAX_RANK, op_, ": ",
                     name, " has shape ", shape_of(core), "; expected [r, r] with 1 <= r <= ",
@@ -109,7 +109,7 @@ class Arguments {
   const Tensor& first_;
 };
 
-// `tensor`, or its transpose, as rows of contiguous elements; the caller has seen to that.
+// `tensor`, or its transpose, as rows of contiguous elements; the caller has checked that.
 lorasb::Matrix matrix_of(const Tensor& tensor, bool transposed = false) {
   const int row = transposed ? 1 : 0, column = 1 - row;
   STD_TORCH_CHECK(tensor.size(0) < INT32_MAX && tensor.size(1) < INT32_MAX,
@@ -234,8 +234,8 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
   if (bias) arguments.vector("bias", *bias, type, N);
 
   const DeviceGuard guard(x.get_device_index());
-  // The kernel wants weight and factor contiguous in the same dimension. The weight decides;
-  // the factor, which is small, is copied where it differs.
+  // The kernel needs weight and factor contiguous in the same dimension. The weight decides which;
+  // the factor, which is small, is copied if it differs.
   const bool transposed = !contiguous_along(weight, 1) && contiguous_along(weight, 0);
   const Tensor x_rows = with_contiguous_rows(x), p_rows = with_contiguous_rows(p);
   const Tensor w = transposed ? weight : with_contiguous_rows(weight);
@@ -254,7 +254,7 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
   return y;
 }
 
-// The part that the two forms of the weight gradient share; `output` says where it goes.
+// The part that the two forms of the weight gradient share; `output` says where the result goes.
 template <class Output>
 void weight_gradient(const char* op, const Tensor& grad_output, const Tensor& x,
                      const std::optional<Tensor>& row_weight, Output output) {

@@ -6,7 +6,7 @@ or its command has changed.
 
     TORCH_CUDA_ARCH_LIST   architectures, as torch reads it; default 8.0;8.6;8.9;9.0+PTX
     LORASB_SKIP_CUDA=1     `pip install` leaves the extension out
-    LORASB_FORCE_CUDA=1    `pip install` fails where the extension cannot be built
+    LORASB_FORCE_CUDA=1    `pip install` fails if the extension cannot be built
     CUDA_HOME, MAX_JOBS    toolkit; files compiled at a time
 
 Run as a script (`make ext`) it builds in place.
@@ -118,7 +118,7 @@ def _bindings_command(architectures: str, torch_include: Path) -> list[str]:
 def _compile(command: list[str], source: Path, target: Path) -> None:
     """Compiles unless `target` is newer than its inputs and came from the same command.
 
-    The compiler's messages, which tell a kernel's registers, are kept in `<target>.log`.
+    The compiler's messages, which include a kernel's registers, are kept in `<target>.log`.
     """
     record = target.with_suffix(".log")
     headers = [*SOURCE.rglob("*.cuh"), *SOURCE.rglob("*.h")]
@@ -158,9 +158,9 @@ def compile_objects(
 
 
 def link(objects: list[Path], library: Path, extra: tuple[str, ...] = ()) -> None:
-    """Links `library`, written beside its place and renamed.
+    """Links `library`, written to a temporary file in the same folder and renamed.
 
-    libtorch.so stands for whatever torch is at run time: its CUDA build leads on to
+    Only libtorch.so is linked, whichever torch is installed at run time: its CUDA build depends on
     libtorch_cuda.so, its CPU build does not.
     """
     import torch
@@ -176,7 +176,7 @@ def link(objects: list[Path], library: Path, extra: tuple[str, ...] = ()) -> Non
 
 
 def static_runtime() -> tuple[str, ...]:
-    """Link flags of the CUDA runtime, which goes into the library."""
+    """Link flags of the CUDA runtime, which is linked statically."""
     home = toolkit()
     return (f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt", "-ldl")
 

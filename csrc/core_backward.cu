@@ -3,7 +3,7 @@
 // Three launches: g and q by the product onto the rank (rank_product.cuh); then dR = gᵀ h as
 // a product over tokens (token_product.cu), each slice of tokens into its own partial sum;
 // then the sum of the partials in the order of the slices, which gives the same bits each run.
-// g takes M·r elements of scratch memory, r/m of what is read of dy.
+// g takes M·r elements of scratch memory, a share of r/m of the size of dy.
 #include "rank_product.cuh"
 #include "token_product.h"
 

@@ -3,8 +3,8 @@
 // The second term comes first, so that dropout can be applied to it while it is alone in the
 // accumulators. Reads x, W, p, B, writes y once; 2·M·N·(K + r) flops.
 //
-// A plain mma.sync product, which cannot reach the rate of wgmma on sm_90: there, two cuBLAS
-// calls are expected to win on large shapes. A measurement decides which of them a caller takes.
+// A plain mma.sync product, which cannot reach the rate of wgmma on sm_90: there, two cuBLAS calls
+// are expected to be faster on large shapes. A measurement decides which one is used.
 #include "common/dropout.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
@@ -24,7 +24,7 @@ struct ExpandTraits {
   static constexpr int STAGES = STAGES_;
   static constexpr int MI = BLOCK_M / WARPS_M_ / 16, NI = BLOCK_N / WARPS_N_ / 8;
   // Two blocks of the large 16-bit tile share an sm_86 multiprocessor, at 48 KB and 128
-  // registers a thread.
+  // registers per thread.
   static constexpr int MIN_BLOCKS = sizeof(T) == 2 ? 2 : 1;
 
   using X = Tile<T, BLOCK_M, BLOCK_K, true>;
@@ -40,8 +40,8 @@ using LargeTile = std::conditional_t<sizeof(T) == 2, ExpandTraits<T, TRANSPOSED,
 template <typename T, bool TRANSPOSED>
 using SmallTile = ExpandTraits<T, TRANSPOSED, 32, 64, 1, 4, 4>;
 
-// Tiles in the order that a wave of blocks shares its operands in L2: eight rows of tiles at a
-// time, column by column.
+// Tiles in an order in which concurrent blocks share operands in L2: eight rows of tiles at a time,
+// column by column.
 __device__ inline int2 tile_of_block(int block, int rows, int columns) {
   constexpr int GROUP = 8;
   const int in_group = GROUP * columns;
@@ -141,7 +141,7 @@ Launch launch_expand(const ExpandParams& params, int64_t tiles, cudaStream_t str
                 Traits::THREADS, Traits::SHARED_BYTES, params, stream);
 }
 
-// Large tiles re-read less, but only where they fill the device.
+// Large tiles re-read less, but are used only if they fill the device.
 template <typename T, bool TRANSPOSED>
 Launch expand_layout(const ExpandParams& params, cudaStream_t stream) {
   using Large = LargeTile<T, TRANSPOSED>;

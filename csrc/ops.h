@@ -1,6 +1,6 @@
 // The operations of the extension, as plain structs and functions: no torch header.
 //
-// Each operation is `Launch op(const OpParams&, cudaStream_t)`, launches on the current device
+// Each operation is `Launch op(const OpParams&, cudaStream_t)`. It launches on the current device
 // without synchronizing, and reports what it launched. Operations that need scratch memory say
 // how much with `op_workspace(params)`; its contents on entry do not matter.
 #pragma once

@@ -1,7 +1,7 @@
 // The signs of an fp32 matrix as two bit planes. Reads 4·m·n bytes, writes m·n/4.
 //
-// A warp reads 32 neighbours at a time and ballots: the lane is the bit. It does 32 such words,
-// each lane keeps one, and both planes are written in one coalesced store.
+// A warp reads 32 neighbours at a time and takes a ballot: lane i gives bit i. After 32 such words,
+// of which each lane keeps one, both planes are written in one coalesced store.
 #include "common/launch.cuh"
 
 namespace lorasb {

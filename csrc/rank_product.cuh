@@ -4,7 +4,7 @@
 //     second = s · first C    [M, r]    C = Rᵀ           or R
 //
 // Reads x once (M·K elements; F is re-read from L2 by each block of rows), writes 2·M·r
-// elements; 2·M·r·(K + r) flops: bound by the reading of x up to ranks of 100 to 300.
+// elements; 2·M·r·(K + r) flops: memory bound up to ranks of 100 to 300.
 //
 // A block holds all r columns of its rows in accumulators, so x is read once at any rank.
 // With few rows, K is split over blocks: each stores its partial sums, and the block that
@@ -28,7 +28,7 @@ struct RankProductParams {
   void* second;     // [M, r] contiguous
   int splits;
   float4* partials;
-  int* arrivals;    // zero, one a block of rows
+  int* arrivals;    // zero, one per block of rows
 };
 
 // RANK is a bucket, the largest rank the tiles can hold; work is done for the actual rank.
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::THREADS)
   const int row0 = blockIdx.x * Traits::BLOCK_M;
   const int K = params.x.columns;
 
-  // The ranks are dealt to the warps evenly, in pairs of 8.
+  // The ranks are distributed evenly over the warps, in pairs of 8.
   const int per_warp = ceil_div(params.rank, 16 * Traits::WARPS_N) * 2;
   const int warp_rank = warp % Traits::WARPS_N * per_warp * 8;
   const int tiles = max(0, min(per_warp, ceil_div(params.rank - warp_rank, 8)));
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Traits::THREADS)
 
   float* first = reinterpret_cast<float*>(shared);
   float* cores = first + First::SIZE;
-  // The core reads `first` 16 ranks at a time. Past the rank the factor is 0, yet 0 · Inf is not.
+  // The core reads `first` 16 ranks at a time. Past the rank the factor is 0, but 0 · Inf is NaN.
   for_each(ceil_div(tiles, 2) * 2, [&](int row, int rank, float& value) {
     value = rank < params.rank ? value * params.dropout.scale : 0.f;
     first[First::at(row, rank)] = value;
@@ -199,13 +199,13 @@ __global__ void __launch_bounds__(Traits::THREADS)
   });
 }
 
-// How a product is cut into blocks, and where its scratch memory lies.
+// How a product is split into blocks, and where its scratch memory is.
 struct RankProductPlan {
   int64_t row_blocks;
   int splits;
   size_t partial_bytes, workspace_bytes;
 
-  // Splits K until there are two blocks a multiprocessor, down to 8 steps a split.
+  // Splits K until there are two blocks per multiprocessor, down to 8 steps per split.
   template <class Traits>
   static RankProductPlan of(int64_t rows, int64_t K, int multiprocessors) {
     RankProductPlan plan{};

@@ -3,7 +3,7 @@
 // Reads m·n/4 bytes of planes and Z, writes the product; 2·m·n·q flops. Signs are exact in
 // bf16 and an fp32 number is the exact sum of three bf16 ones, so three bf16 products with an
 // fp32 accumulator give fp32 accuracy on tensor cores. Signs are unpacked straight into
-// fragments; the dense sign matrix exists nowhere. An element with both bits set is NaN.
+// fragments; the dense sign matrix is never formed. An element with both bits set is NaN.
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/split.cuh"

@@ -3,7 +3,7 @@
 // A block holds a 128×128 tile of G in registers over all its tokens. 2·M·m·n flops; reads a
 // n/128 times and b m/128 times, from L2 for the most part.
 //
-// The row weight multiplies in fp32 and is never rounded to 16 bits: the product is split into
+// The row weight is multiplied in fp32 and the product is not rounded to 16 bits: it is split into
 // three bf16 numbers, which together hold all 24 bits, and multiplied part by part.
 #include "token_product.h"
 
@@ -21,7 +21,7 @@ struct TokenProductTraits {
   static constexpr int BLOCK = 128;  // of m and of n
   static constexpr int BLOCK_K = 64 / sizeof(T);
   static constexpr int THREADS = 256;
-  // Two blocks share an sm_86 multiprocessor, at 48 KB and 128 registers a thread.
+  // Two blocks share an sm_86 multiprocessor, at 48 KB and 128 registers per thread.
   static constexpr int MIN_BLOCKS = WEIGHTED || std::is_same_v<T, float> ? 1 : 2;
   static constexpr int STAGES = 3;
   static constexpr int WARPS_N = 4;

@@ -14,7 +14,7 @@ struct TokenProductParams {
   enum Output : int32_t { SIGNS, PARTIAL, ADD } output;
   uint32_t* positive;   // SIGNS: [m, ceil(n/32)]
   uint32_t* negative;
-  float* out;           // ADD: [m, n]; PARTIAL: [slices, m, n], the tokens dealt to the slices
+  float* out;           // ADD: [m, n]; PARTIAL: [slices, m, n], the tokens split into slices
   int64_t out_stride;
 };
 

@@ -44,7 +44,7 @@ def page() -> str:
 
 
 def build_reference(folder: Path) -> None:
-    """One HTML page a module."""
+    """One HTML page per module."""
     import pdoc
 
     pdoc.render.configure(docformat="google")

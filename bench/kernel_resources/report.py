@@ -267,7 +267,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 
 def blocks_per_sm(arch: str, registers: int, shared: int, num_warps: int) -> int:
-    """Blocks resident on a multiprocessor: registers go by 256 a warp, 1 KB a block is taken."""
+    """Blocks resident on a multiprocessor: registers go by 256 a warp, 1 KB per block is taken."""
     device = DEVICES[arch]
     registers_per_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -291,7 +291,7 @@ def markdown(reports: list[Report]) -> str:
     ]
     for arch in dict.fromkeys(r.arch for r in reports):
         limit = DEVICES[arch].shared_per_block // 1024
-        lines += ["", f"## {arch} (shared memory ≤ {limit} KB a block)", ""]
+        lines += ["", f"## {arch} (shared memory ≤ {limit} KB per block)", ""]
         lines += [
             "| kernel | case | dtype | tile | registers | stack | shared KB | blocks | occupancy "
             "| tensor cores |",

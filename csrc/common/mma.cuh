@@ -116,8 +116,8 @@ struct Fragments<float> {
       load<Tile>(b[i / 2][i % 2], tile, n + i / 2 * 8 + lane_pair() + i % 2, k);
   }
 
-  // The four products are summed before they join the accumulator, which then takes a quarter
-  // of the roundings.
+  // The four products are summed before they are added to the accumulator, which is then rounded a
+  // quarter as often.
   __device__ static void multiply(float (&c)[4], const A& a, const B& b, int half) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -141,8 +141,8 @@ struct Unchanged {
 };
 
 // Adds the product of rows m… of tile A and columns n… of tile B to the warp's accumulators of
-// MI×NI tiles of 16×8. Only the first `tiles` of the NI column tiles are computed, which is how
-// a rank below the size of the tile costs no more than itself, rounded up to 8.
+// MI×NI tiles of 16×8. Only the first `tiles` of the NI column tiles are computed, so a rank below
+// the size of the tile costs only that rank, rounded up to 8.
 // Tile A may be longer in K than B: `ka` is where B's first index falls in it.
 // `prepare(a, i, k)` may change the fragment of row tile i at contraction index k.
 template <class TileA, class TileB, int MI, int NI, class Prepare = Unchanged>

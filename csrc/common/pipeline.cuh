@@ -26,9 +26,9 @@ __device__ inline void cp_async_wait() {
 
 // Runs `load(step, stage)` STAGES - 1 steps ahead of `compute(step, stage)`.
 //
-// One barrier a step does both: it publishes the tile that just arrived to all warps, and it
-// ends every warp's reading of the stage that the next load overwrites. Shared memory is free
-// for other use on return.
+// One barrier per step does two things: it makes the tile that just arrived visible to all warps,
+// and it waits until every warp has read the stage that the next load overwrites. On return shared
+// memory is free for other use.
 template <int STAGES, class Load, class Compute>
 __device__ inline void pipeline(int steps, Load load, Compute compute) {
   static_assert(STAGES >= 2);

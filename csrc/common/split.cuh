@@ -5,7 +5,7 @@
 
 namespace lorasb {
 
-// The first bf16 of each of two numbers, packed; the numbers are left with the rest.
+// The first bf16 of each of two numbers, packed; the numbers keep the remainder.
 __device__ inline uint32_t take_bf16(float& low, float& high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   low -= __low2float(pair);

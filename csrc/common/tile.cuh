@@ -8,8 +8,8 @@ namespace lorasb {
 // A tile of an operand with OUTER indices and K contraction indices, laid out as in global
 // memory: rows along K when K is the contiguous dimension, along OUTER otherwise.
 //
-// The 16-byte chunks of a row are permuted so that eight rows at one column touch all 32
-// banks: `ldmatrix`, which reads such columns, is free of conflicts without padding.
+// The 16-byte chunks of a row are permuted so that eight rows at one column touch all 32 banks:
+// `ldmatrix`, which reads such columns, has no bank conflicts and needs no padding.
 //
 // An fp32 tile along OUTER is read in rows and needs no permutation.
 template <typename T_, int OUTER_, int K_, bool K_CONTIGUOUS_,
@@ -41,7 +41,7 @@ struct Tile {
 
 // Starts the copy of the tile at (row0, column0) of `source`; outside of the matrix is zero.
 //
-// The tile's rows at and past `rows` and its chunks at and past `columns` are left alone. A
+// The tile's rows from `rows` on and its chunks from `columns` on are left unchanged. A
 // matrix whose rows are not 16-byte aligned is copied in 4-byte pieces, and one of odd 16-bit
 // rows an element at a time, without cp.async.
 template <class Tile, int THREADS>

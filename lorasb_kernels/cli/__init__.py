@@ -1,1 +1,1 @@
-"""The commands of `lorasb`, one a module: `add_arguments(parser)` and `run(options)`."""
+"""The commands of `lorasb`, one per module: `add_arguments(parser)` and `run(options)`."""

@@ -1,7 +1,7 @@
 r"""Initialize the adapters of a run, or predict what that takes, without training.
 
 Takes the settings of `lorasb train`. The adapter goes to output_dir/adapter, from where
-`lorasb train` with the same settings starts; beside it a table a layer (init.json) and a
+`lorasb train` with the same settings starts; beside it a table per layer (init.json) and a
 plot of the captured energy (init.png). With --dry-run only the model's configuration, its
 tokenizer and the data are read, no weights.
 

@@ -1,4 +1,4 @@
-"""How an initialization went: a table a layer, a JSON file, a plot of the captured energy."""
+"""How an initialization went: a table per layer, a JSON file, a plot of the captured energy."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""A matrix of +1, −1 and 0 in two bits an element.
+"""A matrix of +1, −1 and 0 in two bits per element.
 
 The sign of a gradient is all that LoRA-SB's initialization needs. `SignMatrix` keeps it
 16 times smaller than fp32 with exact zeros, and multiplies without unpacking it whole.

@@ -1,4 +1,4 @@
-"""Sign matrices as two bit planes, 2 bits an element.
+"""Sign matrices as two bit planes, 2 bits per element.
 
 A plane of an [m, n] matrix is int32 [m, ceil(n/32)]; bit j of word k, counted from the
 least significant, is column 32k + j (the order of a warp's ballot). Bits past the last
@@ -10,7 +10,7 @@ column are 0.
        0         0          0
        1         1         not finite
 
-An accumulator that is NaN or infinite sets both bits, so that it never passes for a sign.
+An element that is NaN or infinite sets both bits, so it is never mistaken for a sign.
 """
 
 import functools
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 WORD = 32
 
-# Elements at a time: 4 MB of fp32, which stays in cache for a product; 512 KB, of which several
-# temporaries do.
+# Elements processed at a time: 4 MB of fp32, which stays in cache for a product; 512 KB, of which
+# several temporaries stay in cache.
 UNPACKED_AT_ONCE = 1 << 20
 PACKED_AT_ONCE = 1 << 17
 
@@ -62,14 +62,14 @@ def check_planes(positive: torch.Tensor, negative: torch.Tensor, columns: int) -
 def pack(bits: torch.Tensor) -> torch.Tensor:
     """bool [m, n] to one plane, int32 [m, words(n)]."""
     padded = F.pad(bits, (0, -bits.shape[1] % WORD))
-    groups = padded.view(torch.int64)  # eight elements, one a byte
+    groups = padded.view(torch.int64)  # eight elements, one per byte
     return (groups * _GATHER >> 56).to(torch.uint8).view(torch.int32)
 
 
 def signs_of(acc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two planes of the signs of `acc` [m, n].
 
-    By arithmetic, as comparisons cost several times as much on the CPU.
+    Computed by arithmetic: comparisons cost several times as much on the CPU.
     """
     m, n = acc.shape
     positive = torch.empty((m, words(n)), dtype=torch.int32, device=acc.device)
@@ -100,7 +100,7 @@ def unpack(
 ) -> torch.Tensor:
     """[m, columns] of +1, −1, 0, and NaN where both bits are set, in a floating-point dtype.
 
-    One table row gives eight elements: several times the speed of shifting bits apart.
+    One table row gives eight elements, which is several times as fast as shifting bits.
     """
     low = positive.contiguous().view(torch.uint8).to(torch.int32)
     high = negative.contiguous().view(torch.uint8).to(torch.int32)
@@ -110,7 +110,7 @@ def unpack(
 
 
 def panels(rows: int, columns: int, elements: int) -> Iterator[slice]:
-    """Slices of rows that hold at most so many `elements`, or one row."""
+    """Slices of rows, each of at most `elements` elements or of one row."""
     height = max(1, elements // columns)
     for start in range(0, rows, height):
         yield slice(start, start + height)

@@ -9,7 +9,7 @@ its own.
 
 `reference` runs everywhere. `triton` needs an NVIDIA GPU of compute capability 8.0
 or newer, or `TRITON_INTERPRET=1`. `cuda` needs the compiled extension and such a GPU.
-A backend that is named and cannot run raises; only `auto` chooses.
+A named backend that cannot run raises an error; only `auto` chooses.
 """
 
 import functools
@@ -89,16 +89,16 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return backend
 
 
-# A constant to torch.compile, which cannot trace the probing of devices and imports. This is
-# what torch.compiler.assume_constant_result sets, without importing the compiler for it.
+# torch.compile treats the result as a constant, as it cannot trace the probing of devices and
+# imports. torch.compiler.assume_constant_result sets the same attribute, but imports the compiler.
 resolve_backend._dynamo_marked_constant = True
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that `auto` takes, and the reason for it.
 
-    Triton is preferred on a GPU; the CUDA extension stands in where Triton cannot
-    run. On the CPU the reference is the fast path, also under the interpreter.
+    On a GPU Triton is preferred, then the CUDA extension. On the CPU the reference is the fastest,
+    also where Triton's interpreter could run.
     """
     if device.type != "cuda":
         return "reference", f"tensors are on {device}"

@@ -1,7 +1,7 @@
 """The dropout mask as a function of a seed and an element's index, nothing else.
 
 Squares (Widynski, "Squares: A Fast Counter-Based RNG", arXiv:2004.06278): four
-rounds of middle-square on a 64-bit counter and key give 32 random bits an element.
+rounds of middle-square on a 64-bit counter and key give 32 random bits per element.
 Every backend computes the same bits, so the mask depends neither on tile sizes nor
 on the backend, and backward regenerates it instead of storing it.
 """
@@ -14,8 +14,8 @@ _LOW32 = 0xFFFFFFFF
 def new_seed(device: torch.device) -> torch.Tensor:
     """A fresh int64 [1] seed from the device's own generator.
 
-    Drawn on the device: it follows `torch.manual_seed`, is restored by activation
-    checkpointing and renewed at every replay of a CUDA graph, without a host sync.
+    Drawn on the device, without a host sync: it follows `torch.manual_seed`, activation
+    checkpointing restores it, and each replay of a CUDA graph draws a new one.
     """
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 

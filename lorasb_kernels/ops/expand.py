@@ -1,10 +1,10 @@
-"""The frozen product whose contraction runs on over the rank.
+"""The frozen product, extended by the low-rank term in the same contraction.
 
     y = x Wᵀ + drop(p Bᵀ) + bias          [M, N]
 
-Forward uses it as written. The input gradient `dx = dy W + drop(q A)` is the same
-operation with the transposed views `weight = W.T` and `factor = A.T`, and there the
-dropout mask of the forward pass falls on the second term.
+Forward uses it as written. The input gradient `dx = dy W + drop(q A)` is the same operation with
+the transposed views `weight = W.T` and `factor = A.T`; there the dropout mask of the forward pass
+applies to the second term.
 
 Reads x, W, p, B; writes y once; 2·M·N·(K + r) flops.
 """

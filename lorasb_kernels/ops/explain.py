@@ -25,7 +25,7 @@ from lorasb_kernels.quantization import weight_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation of a layer: what runs for it, with which tile (None: no kernel of ours)."""
+    """One operation of a layer: what runs, and its tile (None: not a kernel of this library)."""
 
     operation: str
     runs: str
@@ -74,7 +74,7 @@ def explain(
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected.
-        FileNotFoundError: `LORASB_TUNING` names a file that is not there.
+        FileNotFoundError: `LORASB_TUNING` names a file that does not exist.
         RuntimeError: a named backend that cannot run on the device.
     """
     if hasattr(layer_or_shape, "lora_R"):

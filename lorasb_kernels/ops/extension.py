@@ -1,7 +1,7 @@
-"""Loads the compiled CUDA extension, once, at its first use.
+"""Loads the compiled CUDA extension once, at first use.
 
-The library registers `lorasb::*_cuda` kernels and nothing else. When it is missing
-or fails to load, the reason is kept and given by whoever asks for `backend="cuda"`.
+The library registers `lorasb::*_cuda` kernels and nothing else. When it is missing or fails to
+load, the reason is kept and raised when `backend="cuda"` is requested.
 """
 
 import ctypes
@@ -30,11 +30,10 @@ def build_info() -> dict[str, str | None]:
     """Describes the CUDA extension of this installation; needs no GPU.
 
     Returns:
-        A dict of strings. `extension` is the library's path, or None when it cannot be used,
-        and then `reason` says why. Once loaded, as the library itself tells:
-        `architectures` it holds code for (the form of TORCH_CUDA_ARCH_LIST), `nvcc` and
-        `compiler` that built it, and `torch_target`, the version number of the oldest torch
-        it loads under (0x020a… is 2.10).
+        A dict of strings. `extension` is the library's path, or None when it cannot be used; then
+        `reason` says why. A loaded library also reports `architectures` (those it has code for, in
+        the form of TORCH_CUDA_ARCH_LIST), `nvcc` and `compiler` (which built it) and
+        `torch_target` (the oldest torch that can load it; 0x020a… is 2.10).
     """
     reason = obstacle()
     if reason is not None:

@@ -1,20 +1,20 @@
-"""The gradient of a trained factor: a tall thin product, transposed, over the tokens.
+"""The gradient of a trained factor: the product of two tall matrices, summed over the tokens.
 
     out = leftᵀ drop(rows)        [r, k]
 
 With `left = q` and `rows = x` it is dA = qᵀ drop(x); with `left = p` and `rows = dy` it is
 dBᵀ = pᵀ dy.
 
-Reads rows once (M·k elements) for every rank, left once a tile of the columns; writes r·k fp32
-numbers; 2·M·r·k flops. Memory bound up to ranks of about 100. Summed in fp32 and in a fixed
+Reads rows once (M·k elements) whatever the rank, and left once per tile of columns; writes r·k
+fp32 numbers; 2·M·r·k flops. Memory bound up to ranks of about 100. Summed in fp32 and in a fixed
 order: the same inputs give the same bits.
 
-A pass of its own, although `core_backward` reads dy and `shrink` reads x. Backward has to read
-x again in any case: forward ended before q was known. Fused into the pass of `core_backward`
-over dy, a block of BLOCK_M rows would have to store its own partial dB, m·r fp32 numbers, which
-is 4·m·r / BLOCK_M bytes a row to write and as many to read back. Reading dy once more is 2·m
-bytes a row in 16 bits. With 64 rows a block the fusion pays below a rank of 16, and at a rank
-of 64 it moves four times the bytes.
+It is a separate pass, although `core_backward` reads dy and `shrink` reads x. Backward has to read
+x again in any case, because q is not known during forward. If it were fused into the pass of
+`core_backward` over dy, each block of BLOCK_M rows would have to store its own partial dB, m·r fp32
+numbers: 4·m·r / BLOCK_M bytes per row to write and as many to read back. Reading dy once more costs
+2·m bytes per row in 16 bits. With 64 rows per block the fusion pays only below a rank of 16; at a
+rank of 64 it moves four times the bytes.
 """
 
 import torch

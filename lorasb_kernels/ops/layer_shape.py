@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """A layer [m, n] at rank r on M tokens; `dropout_p` falls on the input gradient.
+    """A layer [m, n] at rank r on M tokens; `dropout_p` applies to the input gradient.
 
     Raises:
         ValueError: naming the size, what it is and what was expected.

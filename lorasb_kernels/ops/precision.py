@@ -1,4 +1,4 @@
-"""The arithmetic of an operator: fixed by its contract, whatever autocast is in force."""
+"""The arithmetic of an operator: fixed by its contract, whatever autocast is set to."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
     fp32 operands take three tf32 products, about as exact as fp32, unless
     `torch.backends.cuda.matmul.allow_tf32` (or its successor `fp32_precision`) asks for
-    plain tf32. With 16-bit operands it concerns the fp32 core alone, where tf32 carries
+    plain tf32. With 16-bit operands it affects only the fp32 core, where tf32 carries
     more bits than the operands.
     """
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":

@@ -16,8 +16,8 @@ and, where A and B are trained instead of R (LoRA, LoRA-One), their gradients (f
 
 The initialization of LoRA-SB needs the signs of the weight gradient over some samples: summed
 over calls (sign_accumulate) and packed (pack_signs), or in one shot (sign_gradient); the truncated
-SVD multiplies the packed signs (sign_matmul). The operations' files beside this one hold their
-shapes, byte and flop counts; `triton/` and `csrc/` the kernels.
+SVD multiplies the packed signs (sign_matmul). The operations' files in this folder state
+their shapes, bytes and flops; `triton/` and `csrc/` hold the kernels.
 """
 
 import torch
@@ -28,7 +28,7 @@ from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.precision import autocast_disabled
 from lorasb_kernels.ops.token_rows import accumulator_dtype
 
-# Tokens widened to fp32 at a time: bounds the copies of 16-bit operands.
+# Tokens converted to fp32 at a time; this bounds the size of the copies of 16-bit operands.
 CHUNK = 2048
 
 

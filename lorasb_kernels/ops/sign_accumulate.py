@@ -2,9 +2,9 @@
 
     acc += (w ⊙ dy)ᵀ x       [m, n]
 
-Reads dy, x and acc, writes acc: 8·m·n bytes of accumulator beside M·(m + n) elements;
-2·M·m·n flops. The sum runs in fp32 over products of the operands as they are: dy is
-scaled by its row's weight in fp32, never rounded to 16 bits again.
+Reads dy, x and acc, writes acc: 8·m·n bytes of accumulator and M·(m + n) elements; 2·M·m·n flops.
+Products and sums are fp32: dy is scaled by its row's weight in fp32 and not rounded to 16 bits
+again.
 """
 
 import torch
@@ -34,16 +34,16 @@ def sign_accumulate_(
 ) -> torch.Tensor:
     """Adds `(row_weight ⊙ grad_output)ᵀ x` to `acc` in place and returns `acc`.
 
-    Calls for successive chunks of tokens add up to the gradient of them all; the sum is
-    in fp32, so two ways of cutting the tokens agree to rounding, and the same way twice
-    gives the same bits.
+    Calls for successive chunks of tokens add up to the gradient of all of them. The sum is in fp32,
+    so two ways of splitting the tokens agree up to rounding, and the same split gives the same
+    bits.
 
     Args:
         acc: [m, n], fp32 (fp64 with fp64 operands), last dimension contiguous.
         grad_output: dy, [..., m], fp16, bf16 or fp32 (fp64 with the reference backend).
         x: [..., n], leading dimensions and dtype of `grad_output`.
-        row_weight: [...], the leading dimensions, in the dtype of `acc`: what each token
-            counts; None for 1 each.
+        row_weight: [...], the leading dimensions, in the dtype of `acc`: the weight of
+            each token; None for 1 each.
         backend: `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
 
     Raises:

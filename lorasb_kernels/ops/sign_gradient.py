@@ -1,9 +1,9 @@
 """Packed signs of the weight gradient of all tokens, in one shot.
 
-    sign((w ⊙ dy)ᵀ x)        [m, n], 2 bits an element
+    sign((w ⊙ dy)ᵀ x)        [m, n], 2 bits per element
 
-Reads dy and x, writes m·n/4 bytes; 2·M·m·n flops. The fp32 sum never leaves registers,
-which is what it saves over accumulating: 8·m·n bytes a call and 4·m·n bytes of memory.
+Reads dy and x, writes m·n/4 bytes; 2·M·m·n flops. The fp32 sum stays in registers.
+Compared with accumulating this saves 8·m·n bytes of traffic per call and 4·m·n bytes of memory.
 """
 
 import torch
@@ -37,8 +37,8 @@ def sign_gradient(
     Args:
         grad_output: dy, [..., m], fp16, bf16 or fp32 (fp64 with the reference backend).
         x: [..., n], leading dimensions and dtype of `grad_output`.
-        row_weight: [...], the leading dimensions, fp32 (fp64 with fp64 operands): what
-            each token counts; None for 1 each.
+        row_weight: [...], the leading dimensions, fp32 (fp64 with fp64 operands): the
+            weight of each token; None for 1 each.
         backend: `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
 
     Returns:

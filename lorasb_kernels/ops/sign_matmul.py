@@ -4,7 +4,7 @@
     Sᵀ Z     [n, m]·[m, q] → [n, q]
 
 Reads m·n/4 bytes of planes and Z, writes the product; 2·m·n·q flops. The dense sign
-matrix, 16 times the planes in fp32, never exists whole.
+matrix, 16 times as large in fp32, is never formed as a whole.
 """
 
 import torch

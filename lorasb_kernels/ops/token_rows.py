@@ -1,4 +1,4 @@
-"""The operands of a weight gradient, checked and flattened to one row a token."""
+"""The operands of a weight gradient, checked and flattened to one row per token."""
 
 import torch
 
@@ -44,7 +44,7 @@ def token_rows(
         if row_weight.shape != tokens:
             raise ValueError(
                 f"row_weight has shape {tuple(row_weight.shape)}; "
-                f"expected {tuple(tokens)}, one weight a row of x"
+                f"expected {tuple(tokens)}, one weight per row of x"
             )
         row_weight = row_weight.detach().reshape(-1).contiguous()
     return _rows(grad_output), _rows(x), row_weight

@@ -1,9 +1,9 @@
-"""Measures the routes of `expand` on this GPU and keeps the results; opt-in.
+"""Measures the routes of `expand` on this GPU and saves the results; runs only when asked to.
 
 Each route is timed with CUDA events, the L2 cache flushed before each run, medians taken
-(`triton.testing.do_bench`). The fused routes are timed with every candidate tile that the
-device has room for; a route keeps its fastest. The file written can be named by
-`LORASB_TUNING`, or shipped as `lorasb_kernels/ops/tuned/<arch>.json`.
+(`triton.testing.do_bench`). The fused routes are timed with every candidate tile that fits on
+the device; a route keeps its fastest. The written file can be named by `LORASB_TUNING`, or shipped
+as `lorasb_kernels/ops/tuned/<arch>.json`.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def tune(
 
     Args:
         layers: the shapes to measure.
-        path: JSON file, written beside its place and renamed after each layer.
+        path: JSON file, replaced after each layer (temporary file in the same folder, renamed).
         dtype: of activations and weights.
         device: a CUDA device.
         progress: called with a line for each measurement.
@@ -60,7 +60,7 @@ def tune(
 
     Raises:
         RuntimeError: `device` is not a CUDA device.
-        ValueError: `path` holds something else than measurements of this architecture.
+        ValueError: `path` holds something other than measurements of this architecture.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -89,7 +89,7 @@ def tune(
                 if progress is not None:
                     times = {name: route["microseconds"] for name, route in entry.items()}
                     progress(f"{key}: {min(times, key=times.get)}, microseconds {times}")
-            # After each layer: what has been measured outlives a run that is cut short.
+            # After each layer, so that an interrupted run keeps what it has measured.
             content["expand"].update(measured)
             write_text(path, json.dumps(content, indent=1) + "\n")
     forget_tuning()
@@ -99,7 +99,7 @@ def tune(
 def measure(
     layer: LayerShape, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, dict]:
-    """Times every route for one product; returns its shape key, and by route time and tile.
+    """Times every route for one product; returns its shape key, and time and tile by route.
 
     Args:
         layer: the shape.
@@ -140,7 +140,7 @@ def measure(
 def _times(
     run: Callable[[ExpandTile], torch.Tensor], tiles: Iterable[ExpandTile]
 ) -> dict[ExpandTile, float]:
-    """Microseconds by tile; a tile that the device has no room for is left out."""
+    """Microseconds by tile; tiles that do not fit on the device are left out."""
     times = {}
     for tile in tiles:
         try:

@@ -2,7 +2,7 @@
 
 Every operand is counted once as read and every result once as written, as if no cache held
 anything between launches: the least that device memory moves. Notation of the operators: M
-tokens, n inputs, m outputs, rank r, `e` bytes an element of the 16- or 32-bit operands.
+tokens, n inputs, m outputs, rank r, `e` bytes per element of the 16- or 32-bit operands.
 """
 
 from collections.abc import Iterable

@@ -17,9 +17,9 @@ class Gpu:
         arch: `"sm_86"` and so on.
         multiprocessors: number of SMs.
         memory_gb: device memory, 10⁹ bytes.
-        bandwidth: bytes a second.
-        tensor_rate: flops a second of bf16 and fp16 tensor-core products.
-        fp32_rate: flops a second of fp32 outside the tensor cores.
+        bandwidth: bytes per second.
+        tensor_rate: flops per second of bf16 and fp16 tensor-core products.
+        fp32_rate: flops per second of fp32 outside the tensor cores.
         source: the document the numbers are from.
     """
 

@@ -19,8 +19,8 @@ class Ceilings:
     """Limits of a device.
 
     Args:
-        bandwidth: bytes a second, read and written ones counted.
-        rate: flops a second of a matrix product in the dtype in question.
+        bandwidth: bytes per second, read and written ones counted.
+        rate: flops per second of a matrix product in the dtype in question.
         source: `"measured"`, or the datasheet they are from.
     """
 

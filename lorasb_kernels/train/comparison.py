@@ -120,7 +120,7 @@ class Comparison:
             only: names of contenders, to run these alone; none: all.
 
         Returns:
-            one row a contender, see `row`.
+            one row per contender, see `row`.
 
         Raises:
             ConfigError: a name that is no contender's.

@@ -56,8 +56,8 @@ class TrainConfig:
     warmup_ratio: float = 0.02
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    batch_size: int = 16  # samples a device and forward pass
-    accumulation: int = 1  # forward passes a step
+    batch_size: int = 16  # samples per device and forward pass
+    accumulation: int = 1  # forward passes per step
     epochs: float = 1.0
     max_steps: int | None = None  # takes the place of `epochs`
     max_length: int = 512  # tokens

@@ -63,7 +63,7 @@ def shrink_arguments(M, n, r, dropout_p=0.0):
 
 
 def check_shrink():
-    """One block a row tile; odd sizes, scalar loads, dropout; a small n and a rank of 200."""
+    """One block per row tile; odd sizes, scalar loads, dropout; a small n and a rank of 200."""
     for M, n, r, dropout_p in (
         (75, 200, 96, 0.0),
         (3, 37, 3, 0.0),
@@ -145,7 +145,7 @@ def check_core_backward():
 
 
 def check_factor_gradient():
-    """One block a column tile and several, odd sizes, dropout; the bytes."""
+    """One block per column tile and several, odd sizes, dropout; the bytes."""
     for M, k, r, dropout_p in ((75, 200, 96, 0.0), (70, 72, 24, 0.3)):
         seed = dropout_seed(CPU) if dropout_p else None
         arguments = (bf16(M, r, seed=1), bf16(M, k), dropout_p, seed)

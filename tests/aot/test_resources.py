@@ -55,7 +55,7 @@ def assert_fits(report: dict) -> None:
         # Both operands are kept in flight: [64, width] of 16 bits, 4 stages, 128 threads.
         width = int(report["case"].removeprefix("width="))
         assert report["copies_of_16_bytes"] == 4 * 2 * (64 * width * 2) // (16 * 128), report
-    # Past rank 256 a step of x is 2 KB, 8 bytes a thread; the wide operand is A.
+    # Past rank 256 a step of x is 2 KB, 8 bytes per thread; the wide operand is A.
     if rank_of(report) <= 256:
         assert report["narrower_copies"] == 0, report
 

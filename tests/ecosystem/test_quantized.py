@@ -235,7 +235,7 @@ def test_counts_are_those_of_the_model_before_quantization(kind):
     for own in (planned, described):
         assert (own.trainable, own.total) == (plain.trainable, plain.total)
         assert [layer.subspace for layer in own.layers] == [x.subspace for x in plain.layers]
-        # From four bits an element (fp32: 32) to eight and the scales, of which these have many.
+        # From four bits per element (fp32: 32) to eight and the scales, of which these have many.
         packed, whole = (sum(x.frozen_bytes for x in d.layers) for d in (own, plain))
         assert whole / 8 < packed < whole * (0.7 if "torchao" not in kind else 0.5)
 

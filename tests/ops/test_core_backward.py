@@ -28,7 +28,7 @@ def test_values(M, m, r, backend, dtype, device):
 
 
 def test_many_rows_are_summed_in_parts(backend, device):
-    """300 rows: more than one block a tile of dR, in the interpreter too."""
+    """300 rows: more than one block per tile of dR, in the interpreter too."""
     check(core_backward, backend, *operands(300, 24, 40, torch.float32, device), SCALING)
 
 

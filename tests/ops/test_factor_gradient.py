@@ -45,7 +45,7 @@ def test_the_mask_is_exactly_that_of_the_seed(backend, device):
 
 @pytest.mark.parametrize(("M", "r"), [(700, 5), (3300, 100)])
 def test_many_rows_are_summed_in_parts(M, r, backend, device):
-    """Several blocks a tile of the columns, in the interpreter too."""
+    """Several blocks per tile of the columns, in the interpreter too."""
     check(factor_gradient, backend, *operands(M, 24, r, torch.float32, device), 0.0, None)
 
 

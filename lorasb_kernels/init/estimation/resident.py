@@ -1,6 +1,6 @@
-"""Strategy `resident`: an accumulator a layer, all at once, in ordinary backward passes.
+"""Strategy `resident`: an accumulator per layer, all at once, in ordinary backward passes.
 
-Memory: 4·m·n bytes a layer beside what a training step takes. Work: one forward and one
+Memory: 4·m·n bytes per layer beside what a training step takes. Work: one forward and one
 backward a micro-batch. The fastest where the accumulators fit.
 """
 

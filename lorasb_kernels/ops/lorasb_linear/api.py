@@ -23,20 +23,20 @@ def lorasb_linear(
     training: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Applies a frozen linear layer with an adapter: LoRA-SB, LoRA-XS, LoRA and its kin.
+    """Applies a frozen linear layer with an adapter: LoRA-SB, LoRA-XS, LoRA and LoRA variants.
 
-    Computes `x Wᵀ + s · drop(x) Aᵀ Rᵀ Bᵀ + bias`. Differentiable once, in `x` and in those of
-    `lora_A`, `lora_R` and `lora_B` that require grad; W and bias are frozen. LoRA-SB
-    (arXiv:2411.19557) trains R alone: then `drop(x) Aᵀ` (M·r elements) is kept for backward
-    and `x` is not. LoRA (arXiv:2106.09685) has no R and trains A and B: `x` is kept where A
-    trains, and M·r elements where B does. Gradients of the factors are accumulated in fp32 and
-    returned in the factor's dtype. Under autocast the operands are cast to its dtype, factors
-    in fp32 excepted.
+    Computes `x Wᵀ + s · drop(x) Aᵀ Rᵀ Bᵀ + bias`. Differentiable once, with respect to `x`
+    and those of `lora_A`, `lora_R` and `lora_B` that require grad; W and bias are frozen. LoRA-SB
+    (arXiv:2411.19557) trains only R: then `drop(x) Aᵀ` (M·r elements) is kept for backward and `x`
+    is not. LoRA (arXiv:2106.09685) has no R and trains A and B: `x` is kept if A is trained, and
+    M·r elements if B is. Gradients of the factors are accumulated in fp32 and
+    returned in the factor's dtype. Under autocast the operands are cast to its dtype, except
+    for factors in fp32.
 
     Args:
         x: [..., n], fp16, bf16 or fp32 (fp64 with the reference backend).
-        weight: [m, n], frozen, dtype of `x`; or a `FrozenLayer`, which multiplies by itself, adds
-            its own bias and takes A and B of any dtype.
+        weight: [m, n], frozen, dtype of `x`; or a `FrozenLayer`, which computes its own product,
+            adds its own bias and takes A and B of any dtype.
         lora_A: [r, n], dtype of `x`, or fp32 (a trained master), then used in the dtype of `x`.
         lora_R: [r, r], fp32 (fp64 with fp64 operands); None for the identity.
         lora_B: [m, r], as `lora_A`.
@@ -88,24 +88,24 @@ def lorasb_group(
 ) -> tuple[torch.Tensor, ...]:
     """Applies G adapted layers that read the same input (q, k, v; gate, up).
 
-    Equals G calls of `lorasb_linear`, but reads `x` once for all the adapters and gathers
-    the input gradients in place. Under dropout the layers share one mask. They share the product
-    with R, too, so that where one layer's factors or `x Aᵢᵀ` are not finite, none is.
+    Equals G calls of `lorasb_linear`, but reads `x` once for all adapters and adds up the input
+    gradients in place. With dropout the layers share one mask. They also share the product with R,
+    so if one layer's factors or `x Aᵢᵀ` are not finite, all outputs are non-finite.
 
     Args:
         x: [..., n].
         weights, lora_As, lora_Rs, lora_Bs, biases: the operands of each layer, as
             `lorasb_linear` takes them; one rank r with G·r ≤ 512, any numbers of outputs.
         scaling, dropout_p, training, backend: as in `lorasb_linear`, common to the layers.
-        stacked_A: `torch.cat(lora_As)`, [G·r, n], where the caller keeps it; not used where
-            one of them is trained.
+        stacked_A: `torch.cat(lora_As)`, [G·r, n], if the caller keeps it; ignored if one of
+            them is trained.
 
     Returns:
         One [..., mᵢ] tensor for each layer.
 
     Raises:
-        ValueError: lists of different lengths, different ranks, and what `lorasb_linear`
-            raises, as do TypeError and RuntimeError.
+        ValueError: lists of different lengths, or different ranks.
+        TypeError, ValueError, RuntimeError: as `lorasb_linear`.
     """
     device_type = x.device.type if isinstance(x, torch.Tensor) else "cpu"
     if torch.is_autocast_enabled(device_type):
@@ -125,8 +125,8 @@ def lorasb_group(
     seed = new_seed(x.device) if dropout_p > 0 else None
     if stacked_A is None or any(lora_A.requires_grad for lora_A in lora_As):
         stacked_A = lora_As[0] if len(lora_As) == 1 else torch.cat(tuple(lora_As))
-    # An absent core is the identity: applied in registers it adds r/n to the work of a kernel that
-    # waits for memory, and every backend's kernels serve LoRA as they are.
+    # Without a core R is the identity. Applied in registers it adds a share of r/n to the work of a
+    # memory-bound kernel, and every backend's kernels run LoRA unchanged.
     identity = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
     cores = [
         torch.eye(lora_A.shape[0], **identity) if lora_R is None else lora_R
@@ -148,7 +148,7 @@ def lorasb_group(
 
 
 def _under_autocast(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The factor in `dtype`; in fp32 it is left to the operation, where its gradient is fp32."""
+    """The factor in `dtype`; an fp32 factor is returned as it is and gets an fp32 gradient."""
     return factor if factor.dtype == torch.float32 else factor.to(dtype)
 
 

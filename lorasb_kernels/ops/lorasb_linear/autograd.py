@@ -1,4 +1,4 @@
-"""Adapted linear layers on one input, and their gradients, composed of four operations.
+"""Adapted linear layers on one input and their gradients, composed of four operations.
 
 For layers i = 1 … G of equal rank, with Ā = [A₁; …; A_G] stacked and R̄ = diag(R₁, …, R_G):
 
@@ -9,15 +9,14 @@ For layers i = 1 … G of equal rank, with Ā = [A₁; …; A_G] stacked and R̄
                dĀ      = factor_gradient(q̄, x)             one pass over x instead of G
                dBᵢᵀ    = factor_gradient(pᵢ, dyᵢ)
 
-The frozen factors have no gradients, and what only those need is neither computed nor kept:
-h̄ is saved where an R trains, p̄ where a B trains (M·G·r elements each), x (M·n) where an A
-trains. Without an R to train, q comes from the first half of core_backward, which is a shrink:
-q = s · (dy B) R. The input gradients of the layers meet in one accumulation chain: nothing of
-the size of x is written to be added later.
+Frozen factors have no gradients, and what only those would need is neither computed nor kept: h̄
+is saved if an R trains, p̄ if a B trains (M·G·r elements each), x (M·n) if an A trains. If no R
+trains, q comes from the first half of core_backward, which is a shrink: q = s · (dy B) R. The input
+gradients of the layers are accumulated in place: no second tensor of the size of x is written.
 
-A and B may be fp32 while x has 16 bits: they are rounded to the dtype of x here, inside, so
-that their gradients leave in fp32, as they were accumulated. Rounding is repeated in backward
-rather than kept: it reads r·(m + n) elements beside the M·(m + n) of the gradients.
+A and B may be fp32 while x has 16 bits. They are rounded to the dtype of x here, inside, so that
+their gradients are returned in fp32, as they were accumulated. Backward rounds again instead of
+keeping the rounded factors: this reads r·(m + n) elements, against M·(m + n) of the gradients.
 """
 
 from typing import NamedTuple

@@ -88,7 +88,7 @@ def _check_shapes(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _check_dtypes(tensors: dict[str, torch.Tensor], any_factor: bool) -> None:
-    """`any_factor`: A and B may have any dtype, as a frozen layer accepts several of x."""
+    """`any_factor`: A and B may have any dtype, because a frozen layer accepts several for x."""
     dtype = tensors["x"].dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"x has dtype {dtype}; expected float16, bfloat16, float32 or float64")
@@ -104,7 +104,7 @@ def _check_dtypes(tensors: dict[str, torch.Tensor], any_factor: bool) -> None:
 
 
 def check_backend(backend: str, lora_As, dropout_p: float) -> None:
-    """Raises RuntimeError where `backend`, which is to run, lacks the gradient of a factor."""
+    """Raises RuntimeError if `backend` cannot compute the gradient of a trained factor."""
     if backend == "cuda" and dropout_p > 0 and any(lora_A.requires_grad for lora_A in lora_As):
         raise RuntimeError(
             "backend='cuda' cannot run: its kernel for the gradient of lora_A has no dropout; "

@@ -1,11 +1,11 @@
-"""The frozen product: by W itself, or by a layer that multiplies with its own kernel.
+"""The frozen product: with W itself, or by a layer that runs its own kernel.
 
     plain W          y = expand(x, W, p, B, bias)
     frozen layer     y = multiply(x), then y += p Bᵀ in place
 
-A quantized W is no operand of ours: its library multiplies by it, and hands it out dequantized
-for `dx = dy W`. bitsandbytes and torchao dequantize it in their own backward, too, so dx costs
-the same; and they may keep x for it, which is not done here.
+This library never reads a quantized W: the quantizer's library multiplies by it, and returns it
+dequantized for `dx = dy W`. bitsandbytes and torchao also dequantize it in their own backward, so
+dx costs the same; they may keep x for backward as well, which is not done here.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from lorasb_kernels.ops.expand import expand
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """A frozen linear layer, given in the place of a weight [m, n] by what it computes.
+    """A frozen linear layer, given by what it computes instead of by a weight [m, n].
 
     Args:
         shape: (m, n).
         multiply: maps [M, n] to [M, m], bias included; called without gradients. Its output
-            is written to.
+            is modified in place.
         dense: returns W [m, n] as a plain tensor, in each backward pass that needs dx.
     """
 
@@ -40,7 +40,7 @@ def adapted_product(x, weight, p, lora_B, bias, backend: str) -> torch.Tensor:
 
 
 def dense(weight: torch.Tensor | FrozenLayer, dtype: torch.dtype) -> torch.Tensor:
-    """W as a plain tensor; what a `FrozenLayer` hands out is cast to `dtype`."""
+    """W as a plain tensor; what a `FrozenLayer` returns is cast to `dtype`."""
     return weight.dense().to(dtype) if isinstance(weight, FrozenLayer) else weight
 
 

@@ -6,13 +6,13 @@
 
 The gradient kernel sums over the tokens. Blocks take consecutive rows and store a partial
 sum; the one that arrives last adds them in the order of their index. The number of partials
-follows from M alone, so the same inputs give the same bits.
+depends only on M, so the same inputs give the same bits.
 
-Reads g and h, M·r elements each, ceil(r / BLOCK_R) times, after the first time from L2;
-writes dR; 2·M·r² flops. `g` is rounded to the dtype of `dy` in between, as `h` is.
+Reads g and h, M·r elements each, ceil(r / BLOCK_R) times, from L2 after the first time;
+writes dR; 2·M·r² flops. Between the two kernels `g` is rounded to the dtype of `dy`, as `h` is.
 
-Partial r×r sums of the first kernel would save the trip of `g` but cost r²/BLOCK_M fp32
-numbers a row: more than `g` from a rank of 64 on, and many times more at 512.
+Partial r×r sums in the first kernel would save writing and reading `g`, but cost r²/BLOCK_M fp32
+numbers per row: more than `g` from a rank of 64 on, and many times more at 512.
 """
 
 import torch
@@ -50,7 +50,7 @@ def gradient_kernel(
     first = split.to(tl.int64) * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
     rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    # g is loaded turned, not turned after loading: only so does Triton keep its loads in flight.
+    # Loaded transposed: Triton pipelines these loads only if the transpose is in the pointers.
     g_ptrs = g_ptr + rows[None, :] * r + out[:, None]
     h_ptrs = h_ptr + rows[:, None] * r + in_[None, :]
 

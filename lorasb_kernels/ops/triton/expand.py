@@ -2,12 +2,12 @@
 
     y = x Wᵀ + drop(p Bᵀ) + bias          [M, N]
 
-fused: one GEMM whose contraction runs on over the rank. Reads x, W, p, B, writes y, once each
-as far as L2 holds the tiles of a group; 2·M·N·(K + r) flops into one accumulator.
-two calls: the vendor's GEMM, then `addmm` with beta = 1 into its output. Reads and writes y a
-second time (4·M·N bytes in 16 bits), yet the first GEMM is as fast as it gets: a GEMM slower
-by 7 % has lost what the fusion saves. With dropout the second call is the kernel below
-without its frozen product, since the mask must fall between the product and the sum.
+fused: one GEMM whose contraction is extended over the rank. Reads x, W, p, B, writes y, once each
+as long as L2 holds the tiles of a group; 2·M·N·(K + r) flops into one accumulator.
+two calls: the vendor's GEMM (cuBLAS), then `addmm` with beta = 1 into its output. Reads and writes
+y a second time (4·M·N bytes in 16 bits), but uses the fastest GEMM: a fused GEMM that is 7 % slower
+loses what the fusion saves. With dropout the second call is the kernel below without its frozen
+product, since the mask must be applied between the product and the sum.
 fused with tensor maps: `expand_descriptor.py`.
 
 `choose_route` says which one runs, with which tile and why.
@@ -65,7 +65,7 @@ def expand_kernel(
     row_mask = (rows < M)[:, None]
     column_mask = (columns < N)[None, :]
 
-    # The rank comes first: the mask falls on an accumulator that holds nothing else yet.
+    # The rank comes first, so the mask is applied while the accumulator holds nothing else.
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, r, BLOCK_R):
         ranks = k + tl.arange(0, BLOCK_R)

@@ -3,19 +3,18 @@
     y = x Wᵀ + drop(p Bᵀ) + bias          [M, N]
 
 The fused route of `expand.py` with operands and result described by tensor maps: one thread
-asks for a whole tile and the hardware computes its addresses, masks its edges and swizzles it
-in shared memory, where the tensor cores read both operands. That frees the registers and the
-issue slots that address arithmetic takes. Bytes and flops are those of the fused route.
+requests a whole tile; the hardware computes its addresses, masks its edges and swizzles it in
+shared memory, where the tensor cores read both operands. That frees the registers and the issue
+slots that address arithmetic would take. Bytes and flops are those of the fused route.
 
-A tensor map wants its base and its rows on multiples of 16 bytes, and one contiguous
-dimension (`route.describable`); a transposed view is described as the matrix that it is a view
-of. Maps are made on the host at each launch and passed by value, so a CUDA graph keeps them.
+A tensor map needs its base and its rows at multiples of 16 bytes, and one contiguous dimension
+(`expand_route.describable`); a transposed view is described as the matrix that it is a view of.
+Maps are made on the host at each launch and passed by value, so a CUDA graph keeps them.
 
-One tile a block. A persistent loop over tiles gains where its loads run ahead into the next
-tile; for that Triton would have to flatten the loops over the rank and over K into it, and it
-flattens one inner loop, not two. With 128×128 tiles two blocks share a multiprocessor instead,
-one multiplying while the other stores. What comes of `warp_specialize` on sm_90 is in
-`docs/how_it_works.md`.
+One tile per block. A persistent loop over tiles would help if its loads could run ahead into the
+next tile. For that Triton would have to flatten the loops over the rank and over K into it, but it
+flattens only one inner loop. Instead, with 128×128 tiles two blocks share a multiprocessor: one
+multiplies while the other stores. `docs/how_it_works.md` says what `warp_specialize` does on sm_90.
 """
 
 import torch
@@ -61,7 +60,7 @@ def expand_descriptor_kernel(
     row = row_tile * BLOCK_M
     column = column_tile * BLOCK_N
 
-    # The rank comes first: the mask falls on an accumulator that holds nothing else yet.
+    # The rank comes first, so the mask is applied while the accumulator holds nothing else.
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, r, BLOCK_R):
         factor = load_columns(factor_desc, column, k, FACTOR_TRANSPOSED)  # [BLOCK_R, BLOCK_N]
@@ -83,14 +82,14 @@ def expand_descriptor_kernel(
 
 @triton.jit
 def load_columns(desc, column, k, TRANSPOSED: tl.constexpr):
-    """A tile [contraction, columns] of an [N, K] matrix, which TRANSPOSED says is kept [K, N]."""
+    """A tile [contraction, columns] of an [N, K] matrix, stored as [K, N] if TRANSPOSED."""
     return desc.load([k, column]) if TRANSPOSED else desc.load([column, k]).T
 
 
 def descriptor_expand(
     x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile
 ) -> torch.Tensor:
-    """`expand` in one launch; all matrices must be `describable`, the result among them."""
+    """`expand` in one launch; all matrices, including the result, must be `describable`."""
     (M, K), N, r = x.shape, weight.shape[0], p.shape[1]
     y = x.new_empty((M, N))
     if M == 0:

@@ -1,17 +1,17 @@
 """Which route `expand` takes on a GPU, with which tile, and why.
 
-    two_call           the vendor's GEMM, then the expansion added in place   triton.py
-    fused              one GEMM whose contraction runs on over the rank       triton.py
-    fused_descriptor   the same, its tiles moved by TMA; sm_90                descriptor.py
+    two_call           cuBLAS, then the expansion added in place              `expand.py`
+    fused              one GEMM whose contraction is extended over the rank   `expand.py`
+    fused_descriptor   the same, its tiles moved by TMA; sm_90                `expand_descriptor.py`
 
-The fastest that the operands allow where it has been measured, a stated rule elsewhere.
-Measurements are kept in JSON files of one architecture each: those shipped in
-`lorasb_kernels/ops/tuned/`, and before them the file that the environment variable
-`LORASB_TUNING` names, which `lorasb tune` writes. Nothing is measured unless asked, so the
-bits of a result do not change by themselves.
+Where the routes have been measured, the fastest one that the operands allow is taken; elsewhere the
+rule below decides. Measurements are in JSON files, one per architecture: first the file that the
+environment variable `LORASB_TUNING` names, which `lorasb tune` writes, then the files shipped in
+`lorasb_kernels/ops/tuned/`. Nothing is measured unless asked, so the bits of a result do not
+change by themselves.
 
-The rule: two calls. A tile that was never timed on the device may lose more than the fusion
-saves; the vendor's GEMM does not. Triton's interpreter has no vendor's GEMM: fused.
+The rule: `two_call`. A fused tile that was never timed on the device may lose more than the fusion
+saves. In Triton's interpreter, which has no cuBLAS: `fused`.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Route:
 
 
 def shape_key(dtype: torch.dtype, M: int, N: int, K: int, r: int, transposed: bool, dropout: bool):
-    """The bucket a measurement speaks for: M up to a power of two, the rank to its tiles.
+    """The shapes that share a measurement: M rounded up to a power of two, r to its tiles.
 
     `transposed` says that the weight is a transposed view, as for the input gradient.
     """
@@ -96,13 +96,13 @@ def plan_route(
     dropout: bool,
     aligned: bool = True,
 ) -> Route:
-    """`choose_route` from numbers alone, as if all matrices were contiguous.
+    """`choose_route` from the sizes alone, as if all matrices were contiguous.
 
     Args:
         arch: `"sm_86"` and so on.
         dtype, M, N, K, r: of the operands.
         transposed, dropout: as for `shape_key`.
-        aligned: False says that an operand is not `describable`.
+        aligned: False if an operand is not `describable`.
     """
     tile = expand_tile(arch, dtype, dropout)
     if arch == INTERPRETER:
@@ -132,7 +132,7 @@ def _tuning_files(arch: str) -> list[Path]:
 
 @functools.cache
 def read_tuning(path: Path) -> tuple[str, dict[str, dict]]:
-    """The architecture of a tuning file, and by shape key the time and the tile of each route.
+    """The architecture of a tuning file, and the time and tile of each route by shape key.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -157,7 +157,7 @@ def read_tuning(path: Path) -> tuple[str, dict[str, dict]]:
 
 
 def forget_tuning() -> None:
-    """Reads the tuning files anew at the next choice."""
+    """The next choice reads the tuning files again."""
     read_tuning.cache_clear()
     plan_route.cache_clear()
 

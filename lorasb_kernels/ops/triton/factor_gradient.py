@@ -4,13 +4,13 @@
 
 A block takes BLOCK_N columns of `rows` and a run of its rows, and keeps every rank of its part
 of `out` on chip as a tuple of [BLOCK_R, BLOCK_N] accumulators: `rows`, the wide operand, is
-read once whatever the rank, and its mask computed once. `left` is read from L2 by each of the
-k / BLOCK_N column tiles. It is loaded turned, not turned after loading: only so does Triton
-keep its loads in flight.
+read once whatever the rank, and its mask is computed once. `left` is read from L2 by each of the
+k / BLOCK_N column tiles. It is loaded transposed: Triton pipelines
+these loads only if the transpose is in the pointers.
 
-Few column tiles would leave multiprocessors idle, so the rows are split over blocks. Each
-stores its partial sum; the block of a column tile that arrives last adds them in the order of
-their index: the same bits on every run, in one launch.
+With few column tiles multiprocessors would be idle, so the rows are split over blocks. Each block
+stores its partial sum; the last block of a column tile to arrive adds them in the order of their
+index: the same bits on every run, in one launch.
 """
 
 import torch

@@ -2,13 +2,14 @@
 
 Not measured: reasoned as in `ops/triton/tiles.py`, and checked by ahead-of-time compilation.
 
-The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers a thread; BLOCK_N falls
-as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at rank 64
-in 16 bits, 40 KB at 256, and two of them fit sm_86's 99 KB. It is 64 rows as far as rank 256, so
-that every thread copies 16 bytes of each tile of `left`. The same tiles serve every
-architecture, but for a stage more on sm_90 past rank 128: the kernel waits for memory below a
-rank of about 100, and the bytes that two blocks a multiprocessor keep in flight cover the
-latency. A dropout mask costs about 60 registers of 64-bit arithmetic: half the columns there.
+The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers per thread; BLOCK_N
+decreases as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at
+rank 64 in 16 bits, 40 KB at 256, and two of them fit in sm_86's 99 KB. It is 64 rows up to rank
+256, so that every thread copies 16 bytes of each tile of `left`. All architectures use the same
+tiles,
+except for one more stage on sm_90 above rank 128: below a rank of about 100 the kernel is memory
+bound, and the bytes that two blocks per multiprocessor keep in flight cover the latency. A dropout
+mask costs about 60 registers of 64-bit arithmetic, so tiles with one have half the columns.
 """
 
 import dataclasses
@@ -17,20 +18,20 @@ import torch
 
 from lorasb_kernels.ops.triton.tiles import INTERPRETER, Tile, rank_tiles
 
-# A partial sum is written and read, 8·r bytes a column; a block reads 2 bytes a row and column in
-# 16 bits. With 16 rows a rank the first is a quarter of the second.
+# A partial sum is written and read: 8·r bytes per column. A block reads 2 bytes per row and column
+# in 16 bits. With 16·r rows the first is a quarter of the second.
 LEAST_ROWS_A_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class FactorTile(Tile):
-    """A block makes BLOCK_N columns for every rank and reads BLOCK_M rows a step."""
+    """A block makes BLOCK_N columns for every rank and reads BLOCK_M rows per step."""
 
     BLOCK_M: int
     BLOCK_N: int
 
 
-# By padded rank, at most; first without a dropout mask, then with one.
+# By the largest padded rank; first without a dropout mask, then with one.
 _INTERPRETER = FactorTile(4, 2, BLOCK_M=16, BLOCK_N=32)
 _HALF = {
     64: (FactorTile(4, 3, 64, 128), FactorTile(4, 3, 64, 64)),
@@ -43,7 +44,7 @@ _HOPPER_HALF = {**_HALF, 256: (FactorTile(8, 4, 64, 64), _HALF[256][1])}
 _SINGLE = {
     64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
     128: (FactorTile(8, 3, 32, 32), FactorTile(8, 3, 32, 32)),
-    # 16 bytes a thread; rank tiles of 32 (160, 224) would spill with 4 warps, of 64 with 2.
+    # 16 bytes per thread; rank tiles of 32 (160, 224) would spill with 4 warps, of 64 with 2.
     160: (FactorTile(2, 3, 16, 16), FactorTile(2, 3, 16, 16)),
     192: (FactorTile(4, 2, 32, 16), FactorTile(4, 2, 32, 16)),
     224: (FactorTile(2, 3, 16, 16), FactorTile(2, 3, 16, 16)),
@@ -72,9 +73,8 @@ def factor_splits(
 ) -> tuple[int, int]:
     """How many blocks share a tile of the columns, and how many rows each takes.
 
-    As many as give every multiprocessor two blocks, of at least four steps each, and of so
-    many rows that the partial sums stay small beside them. Depends on the shape and the
-    device alone.
+    Enough blocks to give every multiprocessor two, but each with at least four steps and enough
+    rows that the partial sums stay small in comparison. Depends only on the shape and the device.
     """
     steps = -(-M // tile.BLOCK_M)
     least = max(4, -(-LEAST_ROWS_A_RANK * r // tile.BLOCK_M))

@@ -1,4 +1,4 @@
-"""Parts of Triton kernels that more than one operation uses."""
+"""Pieces of Triton kernels that several operations use."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Row tiles that use a column tile of the other operand while L2 holds it.
+# Row tiles that reuse a column tile of the other operand while it is in L2.
 GROUP_M = 8
 
 
@@ -24,7 +24,7 @@ def grouped_tile(row_tiles, column_tiles, GROUP_M: tl.constexpr):
 def keep_mask(seed, rows, columns, row_length, threshold):
     """[rows, columns] of bool: the bits of `ops/dropout.py` against the threshold.
 
-    Depends on the seed and the element's index in a matrix of `row_length` columns alone.
+    Depends only on the seed and the element's index in a matrix of `row_length` columns.
     """
     key = seed.to(tl.uint64, bitcast=True) | 1
     counter = rows.to(tl.uint64)[:, None] * tl.cast(row_length, tl.uint64)
@@ -43,13 +43,13 @@ def keep_mask(seed, rows, columns, row_length, threshold):
 
 @triton.jit
 def arrives_last(counter_ptr, blocks):
-    """True in the block that is the last of `blocks` to call this; the counter starts at zero.
+    """True in the last of `blocks` blocks to call this; the counter starts at zero.
 
-    What any of the blocks stored to global memory before is visible to the last one after:
-    the barrier orders the stores of all threads before the counter, which releases them.
+    Whatever the other blocks stored to global memory before the call is visible to the last block
+    after it: the barrier orders the stores of all threads before the release of the counter.
     """
-    # One thread counts for its block. Triton puts a barrier before that only where shared
-    # memory needs one, which after a store without a change of layout it does not.
+    # One thread counts for its block. Triton itself adds a barrier only if shared memory needs
+    # one, which is not the case after a store without a change of layout.
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == blocks - 1
 

@@ -9,12 +9,12 @@ g = dy B and q = s · g R: the same single pass over one big operand.
 Reads x once (M·n elements); A is read from L2 by every row tile. Writes h and p.
 2·M·r·(n + r) flops, about r for each byte in 16 bits: memory bound up to ranks of 100 to 300.
 
-* A row tile keeps all of `h` on chip as a tuple of [BLOCK_M, BLOCK_R] accumulators. A rank of
-  96 costs 96, three tiles of 32, where one tile would cost 128.
-* The core takes `h` from those accumulators, before it is rounded, and `R` in fp32.
-* With few rows the columns of x are split over blocks. Each stores its partial `h`; the block
-  that arrives last adds the partials in the order of their index and finishes. The order of
-  arrival decides who adds, not what is added: the same bits on every run, in one launch.
+* A row tile keeps all of `h` on chip as a tuple of [BLOCK_M, BLOCK_R] accumulators. A rank of 96
+  costs 96 (three tiles of 32); a single power-of-two tile would cost 128.
+* The core reads `h` from those accumulators, before it is rounded, and `R` in fp32.
+* With few rows the columns of x are split over blocks. Each stores its partial `h`; the last block
+  to arrive adds the partials in the order of their index and finishes. The order of arrival decides
+  which block adds, not the order of the sum: the same bits on every run, in one launch.
 """
 
 import torch
@@ -133,7 +133,7 @@ def projection_kernel(
 
     finished = ()
     for i in tl.static_range(RANK_TILES):
-        # A padding column of A is zero, yet 0 · Inf is not.
+        # Padding columns of A are zero, but 0 · Inf is NaN.
         in_rank = ranks < r - i * BLOCK_R
         column = tl.where(in_rank[None, :], h[i], 0.0)
         if DROPOUT:
@@ -178,7 +178,7 @@ def project(
     """Returns h = drop(x) aᵀ and p = s · h coreᵀ, both [M, r] in the dtype of `x`.
 
     Args:
-        x: [M, n], any strides; vector loads want the last dimension contiguous.
+        x: [M, n], any strides; vectorized loads need a contiguous last dimension.
         a: [r, n], dtype of `x`, any strides.
         core: [r, r], fp32, any strides.
         scaling, dropout_p, seed: as in `shrink`.
@@ -195,8 +195,8 @@ def project(
     partial = arrived = None
     if splits > 1:
         partial = torch.empty((splits, M, tiles * block_r), dtype=torch.float32, device=x.device)
-        # Zeroed at each call, not kept: a counter shared by calls would tie together the
-        # streams and the CUDA graphs that they run in.
+        # Allocated for each call: a counter shared by calls would not be safe across streams and
+        # CUDA graphs.
         arrived = torch.zeros(row_tiles, dtype=torch.int32, device=x.device)
     with launch_guard(x):
         projection_kernel[(row_tiles * splits,)](

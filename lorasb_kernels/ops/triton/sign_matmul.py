@@ -3,14 +3,14 @@
     S Z      [m, n]·[n, q] → [m, q]
     Sᵀ Z     [n, m]·[m, q] → [n, q]
 
-A block expands a step of S from its two bit planes to ±1 in registers, once for all columns
-of Z that it holds accumulators for. Reads m·n/4 bytes of planes, Z once a block of rows from
-L2, writes the product; 2·m·n·q flops, each in three terms.
+A block expands a tile of S from its two bit planes to ±1 in registers, once for all columns of Z
+that it has accumulators for. Reads m·n/4 bytes of planes and, from L2, Z once per block of rows;
+writes the product; 2·m·n·q flops, each in three terms.
 
 The three terms: ±1, 0 and NaN are exact in bfloat16, and an fp32 number is the sum of three
-bfloat16 ones, high, middle and low, so three bfloat16 products summed in fp32 carry every bit
-of Z. tf32 would need three products at half the rate for the same (Triton's "tf32x3"), one of
-them with the low part of S, which is zero.
+bfloat16 ones, high, middle and low, so three bfloat16 products summed in fp32 use every bit
+of Z. With tf32 the same takes three products at half the rate (Triton's "tf32x3"), one of them with
+the low part of S, which is zero.
 """
 
 import torch

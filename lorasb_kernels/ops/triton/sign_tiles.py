@@ -3,19 +3,19 @@
 Not measured: reasoned as in `tiles.py`, and checked by ahead-of-time compilation.
 
 Weight gradient (`sign_accumulate`, `sign_gradient`): a GEMM over the tokens. 128×128 with 8
-warps takes 64 accumulator registers a thread; 64 tokens of both operands are 32 KB in 16 bits,
+warps takes 64 accumulator registers per thread; 64 tokens of both operands are 32 KB in 16 bits,
 and two such steps in flight fit sm_86's 99 KB. fp32 products take three tf32 terms and keep a
 high and a low part of both operands in registers: half the columns there.
 
-Packing: memory bound, no reuse: 16 KB of the accumulator a block.
+Packing: memory bound, no reuse: 16 KB of the accumulator per block.
 
 ±1 product: a block expands a step of S once and multiplies it with up to 160 columns of Z, in
 tiles of 32 (96 + 48, the width of a rank-96 range finder, costs 160). Their accumulators are
-at most BLOCK_M·160 fp32 numbers, 80 registers a thread with 4 warps at BLOCK_M = 64: past 128
-columns 4 warps spill on Ampere and Ada, so 8 take them. A step of Z is 32·160·4 = 20 KB; two are
-in flight, and the room of a third holds another block. Every block of rows reads all of Z from
-L2, so rows are taken 64 at a time where that gives each multiprocessor a block, and on sm_90,
-whose wgmma takes 64; else 32.
+at most BLOCK_M·160 fp32 numbers, 80 registers per thread with 4 warps at BLOCK_M = 64. Above 128
+columns 4 warps would spill on Ampere and Ada, so 8 are used. A step of Z is 32·160·4 = 20 KB; two
+are in flight, and the memory a third would take leaves room for another block. Every block of rows
+reads all of Z from L2, so blocks take 64 rows if that still gives each multiprocessor a block, and
+on sm_90, whose wgmma takes 64; otherwise 32.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MAX_WIDTH = 160
 
 @dataclasses.dataclass(frozen=True)
 class WeightGradientTile(Tile):
-    """A block makes BLOCK_M × BLOCK_N of the gradient, BLOCK_K tokens a step."""
+    """A block makes BLOCK_M × BLOCK_N of the gradient, BLOCK_K tokens per step."""
 
     BLOCK_M: int
     BLOCK_N: int

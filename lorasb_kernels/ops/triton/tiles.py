@@ -3,9 +3,9 @@
 Not measured: reasoned from shared memory, registers and the bytes a block keeps in flight,
 and checked by ahead-of-time compilation: no spill with Triton 3.7.1
 (`docs/kernel_resources.md`); another version may allocate otherwise. What has been measured on
-a device is a tuning file's to say, see `ops/triton/expand_route.py`.
+a device is kept in a tuning file, see `ops/triton/expand_route.py`.
 
-Limits, a block and a multiprocessor:
+Limits per block and per multiprocessor:
 
             shared memory/block   registers/SM   SMs                  bandwidth
     sm_80        163 KB              65536       108 (A100)           1555 to 2039 GB/s
@@ -17,21 +17,21 @@ Projection. Memory bound: what counts is bytes of x in flight. By Little's law (
 0.8 µs) a multiprocessor needs 7 KB in flight on an A6000, 15 KB on an A100, 20 KB on an H100.
 A stage of 64 rows × 64 columns of 16 bits is 8 KB, and two of them load while one is used;
 sm_90 has room for 128 columns. The accumulators of a row tile, BLOCK_M · r fp32 numbers,
-share the register file with two operands, so they get at most 128 registers a thread:
-BLOCK_M falls from 64 to 32 as the rank grows to 512. fp32 operands are twice as wide and
+share the register file with two operands, so they get at most 128 registers per thread:
+BLOCK_M decreases from 64 to 32 as the rank grows to 512. fp32 operands are twice as wide and
 three tf32 products keep a high and a low part of each: half the tile.
 
 Expand. A GEMM: the tile sets the flops per byte of shared-memory traffic. 128×128 with 8 warps
-takes 64 accumulator registers a thread and 170 to 186 in all; with 4 warps it is at the limit of
-255. Two stages of 128×64 + 128×64 in 16 bits are 64 KB, within sm_86's 99 KB, one block an SM.
+takes 64 accumulator registers per thread and 170 to 186 in all; with 4 warps it is at the limit of
+255. Two stages of 128×64 + 128×64 in 16 bits are 64 KB, within sm_86's 99 KB, one block per SM.
 sm_80 has room for a third. sm_90 reads operands of wgmma from shared memory, so the freed
-registers go to a 128×256 tile: 192 KB in four stages.
+registers allow a 128×256 tile: 192 KB in four stages.
 A dropout mask costs about 60 registers of 64-bit arithmetic while the second term is masked:
 64-row tiles there.
 
 Expand by tensor maps (sm_90 alone). No addresses and masks in registers: 90 for 128×128 with 8
 warps, so that two blocks of three stages (96 KB each) share a multiprocessor; 154 for 128×256,
-which reads a third less shared memory for a flop and fills it in four stages of 48 KB.
+which reads a third less shared memory per flop and fills it in four stages of 48 KB.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ import functools
 import torch
 
 INTERPRETER = "interpreter"
-# Of the devices that the tables were made for.
+# The devices that the tables were made for.
 MULTIPROCESSORS = {INTERPRETER: 8, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132}
 
 
@@ -84,7 +84,7 @@ def rank_tiles(r: int) -> tuple[int, int]:
     """Width and number of the tiles that hold a rank.
 
     Ranks are padded to 16, or to a multiple of 32 up to 256 and of 64 above: 24 costs 32,
-    96 costs 96, 300 costs 320. Of the widths 64 and 32 the wider that pads no more.
+    96 costs 96, 300 costs 320. Of the widths 64 and 32 it takes the wider one that pads no more.
     """
     if r <= 16:
         return 16, 1
@@ -110,7 +110,7 @@ def architecture(device: torch.device) -> str:
 
 
 def projection_tile(arch: str, dtype: torch.dtype, r: int) -> ProjectionTile:
-    """The tile of the projection kernel for a rank; padded ranks bound each row of the table."""
+    """The tile of the projection kernel for a rank; each row of the table has a largest rank."""
     padded = rank_tiles(r)[0] * rank_tiles(r)[1]
     for largest, tile in PROJECTION_TILES[arch][dtype.itemsize].items():
         if padded <= largest:
@@ -124,13 +124,13 @@ def gradient_tile(arch: str, dtype: torch.dtype) -> GradientTile:
 
 
 def expand_tile(arch: str, dtype: torch.dtype, dropout: bool) -> ExpandTile:
-    """The tile of the expand kernel where none has been measured."""
+    """The tile of the expand kernel if none has been measured."""
     tiles = MASKED_EXPAND_TILES if dropout else EXPAND_TILES
     return tiles[arch][dtype.itemsize]
 
 
 def descriptor_candidates(arch: str, dtype: torch.dtype, dropout: bool) -> tuple[ExpandTile, ...]:
-    """The tiles to measure for `expand` by tensor maps; none where the device has no TMA."""
+    """The tiles to measure for `expand` by tensor maps; none if the device has no TMA."""
     if arch != "sm_90":
         return ()
     return (MASKED_DESCRIPTOR_CANDIDATES if dropout else DESCRIPTOR_CANDIDATES)[dtype.itemsize]
@@ -141,8 +141,8 @@ def column_splits(
 ) -> tuple[int, int]:
     """How many blocks share a row tile of the projection, and how many columns each takes.
 
-    As many as fill the device once, of at least two steps each. Depends on the shape and
-    the device alone.
+    Enough to fill the device once, with at least two steps each. Depends only on the shape and
+    the device.
     """
     steps = -(-n // tile.BLOCK_K)
     splits = max(1, min(multiprocessors // row_tiles, steps // 2))
@@ -153,8 +153,8 @@ def column_splits(
 def row_splits(M: int, tile: GradientTile) -> tuple[int, int]:
     """How many blocks share a tile of dR, and how many rows each takes.
 
-    At least eight steps a block and at most 32 blocks: the last one reads as many partials.
-    Depends on M alone.
+    At least eight steps per block and at most 32 blocks: the last one reads as many partials.
+    Depends only on M.
     """
     steps = -(-M // tile.BLOCK_M)
     splits = max(1, min(32, steps // 8))
@@ -177,8 +177,8 @@ def _by_itemsize(half, single):
 def _ampere_projection(num_stages: int, widest_warps: int):
     """sm_80 has shared memory for one stage more than sm_86 and sm_89.
 
-    `widest_warps` is what holds rank 256 in 16 bits and 512 in fp32 without a spill, by
-    compilation.
+    `widest_warps` is how many warps hold rank 256 in 16 bits and 512 in fp32 without a spill,
+    found by compiling.
     """
     return _by_itemsize(
         {
@@ -187,7 +187,7 @@ def _ampere_projection(num_stages: int, widest_warps: int):
             128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages),
             192: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
             # Seven tiles of 32: the core's operands would spill with 32 rows. 16 rows of x
-            # are 16 bytes a thread for 4 warps.
+            # are 16 bytes per thread for 4 warps.
             224: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=num_stages),
             256: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=widest_warps, num_stages=3),
             448: ProjectionTile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
@@ -252,7 +252,7 @@ MASKED_EXPAND_TILES = {
     **dict.fromkeys(ARCHITECTURES, _MASKED_EXPAND),
 }
 
-# What `ops/tune.py` times against each other; a tile that a device has no room for is passed over.
+# What `ops/tune.py` times against each other; it skips tiles that do not fit on the device.
 EXPAND_CANDIDATES = _by_itemsize(
     (
         ExpandTile(8, 3, 128, 128, 64),

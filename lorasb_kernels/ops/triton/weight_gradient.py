@@ -4,15 +4,15 @@
 
 `sign_accumulate` adds G to an fp32 accumulator, `sign_gradient` stores the signs of G as bits.
 
-A GEMM over the tokens: both operands lie with their contraction dimension outermost, dy is
-turned on its way to the tensor cores. A block sums its tile in fp32 registers over all tokens,
-in their order: the same bits on every run. Reads dy and x, each once as far as L2 holds the
-tiles of a group; 2·M·m·n flops. From about 500 tokens on it is bound by the tensor cores.
+A GEMM over the tokens: the contraction dimension of both operands is the outermost, and dy is
+transposed while loading. A block sums its tile in fp32 registers over all tokens, in their order:
+the same bits on every run. Reads dy and x, each once as long as L2 holds the tiles of a group;
+2·M·m·n flops. From about 500 tokens on it is bound by the tensor cores.
 
-With row weights the products are fp32: w·dy rounded to 16 bits would be another gradient. dy
-and x are then widened in registers and multiplied in three tf32 terms; x, exact in tf32, has
-no low part. That costs up to six times the multiplications of the unweighted product, so
-weights that are the same for a whole call belong into the loss.
+With row weights the products are fp32: rounding w·dy to 16 bits would change the gradient. dy and x
+are then converted to fp32 in registers and multiplied in three tf32 terms; x is exact in tf32 and
+has no low part. That costs up to six times the multiplications of the unweighted product, so
+weights that are the same for a whole call should be put into the loss.
 """
 
 import torch
@@ -53,7 +53,7 @@ def weight_gradient_kernel(
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     token = tl.arange(0, BLOCK_K)
-    # dy is loaded turned, not turned after loading: only so does Triton keep its loads in flight.
+    # Loaded transposed: Triton pipelines these loads only if the transpose is in the pointers.
     dy_ptrs = dy_ptr + token.to(tl.int64)[None, :] * stride_dy + rows[:, None]
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + columns[None, :]
     gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -85,7 +85,7 @@ def sum_tokens(
     acc: torch.Tensor | None = None,
     planes: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Adds G to `acc`, or stores its signs in `planes`: exactly one of them is given.
+    """Adds G to `acc`, or stores its signs in `planes`; exactly one of them must be given.
 
     Args:
         dy: [M, m], last dimension contiguous.

@@ -113,7 +113,7 @@ def run_comparison(
         only: names of contenders, to run these alone; none: all.
 
     Returns:
-        one row a contender, as `Comparison.row` makes them.
+        one row per contender, as `Comparison.row` makes them.
     """
     logging.disable_progress_bar()
     task = headlines_task(train_rows, test_rows, epochs=3)
