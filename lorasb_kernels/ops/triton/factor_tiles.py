@@ -6,10 +6,9 @@ The accumulators of a block, r · BLOCK_N fp32 numbers, get 64 registers per thr
 decreases as the rank grows. A step is BLOCK_M · (BLOCK_N + r) elements of shared memory: 24 KB at
 rank 64 in 16 bits, 40 KB at 256, and two of them fit in sm_86's 99 KB. It is 64 rows up to rank
 256, so that every thread copies 16 bytes of each tile of `left`. All architectures use the same
-tiles,
-except for one more stage on sm_90 above rank 128: below a rank of about 100 the kernel is memory
-bound, and the bytes that two blocks per multiprocessor keep in flight cover the latency. A dropout
-mask costs about 60 registers of 64-bit arithmetic, so tiles with one have half the columns.
+tiles, except for one more stage on sm_90 above rank 128: below a rank of about 100 the kernel is
+memory bound, and the bytes that two blocks per multiprocessor keep in flight cover the latency. A
+dropout mask costs about 60 registers of 64-bit arithmetic, so tiles with one have half the columns.
 """
 
 import dataclasses
