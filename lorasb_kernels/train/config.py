@@ -15,10 +15,13 @@ from lorasb_kernels.config import CORE_INITS, INITS, LORA_INITS, SPECTRAL_SCALIN
 from lorasb_kernels.train.errors import ConfigError, shown
 
 TASKS = ("causal-lm", "classification")
-ADAPTER_METHODS = (*INITS, "rslora")  # rslora: lora with a scaling of α/√r
-PEFT_METHODS = ("pissa", "dora")
+# rslora: lora with a scaling of α/√r; lora-pro: lora with its own optimizer.
+ADAPTER_METHODS = (*INITS, "rslora", "lora-pro")
+PEFT_METHODS = ("pissa", "dora", "lora-ga", "vera")
 METHODS = (*ADAPTER_METHODS, *PEFT_METHODS, "full")
-OPTIMIZERS = ("adamw", "preconditioned")
+# Of the factors A and B: LoRA-One's and LoRA-Pro's.
+FACTOR_OPTIMIZERS = ("preconditioned", "lora-pro")
+OPTIMIZERS = ("adamw", *FACTOR_OPTIMIZERS)
 SCHEDULES = ("linear", "cosine", "constant")
 BATCHING = ("length-grouped", "packed")
 DTYPES = ("float32", "bfloat16")
@@ -50,7 +53,7 @@ class TrainConfig:
     use_rslora: bool | None = None  # scaling is α/√r; None: for `rslora` and `lora-one`
     dropout: float = 0.0
     learning_rate: float = 1e-3
-    optimizer: str | None = None  # None: preconditioned for `lora-one`, else adamw
+    optimizer: str | None = None  # None: preconditioned for `lora-one`, lora-pro for it, else adamw
     damping: float = 1e-6  # λ of the preconditioned optimizer
     schedule: str = "linear"
     warmup_ratio: float = 0.02
@@ -92,16 +95,16 @@ class TrainConfig:
         self._one_of("task", TASKS)
         self._one_of("method", METHODS)
         if self.optimizer is None:
-            chosen = "preconditioned" if self.method == "lora-one" else "adamw"
-            object.__setattr__(self, "optimizer", chosen)
+            own = {"lora-one": "preconditioned", "lora-pro": "lora-pro"}
+            object.__setattr__(self, "optimizer", own.get(self.method, "adamw"))
         if self.use_rslora is None:
             object.__setattr__(self, "use_rslora", self.method in ("rslora", "lora-one"))
         self._one_of("optimizer", OPTIMIZERS)
         self._one_of("spectral_scaling", SPECTRAL_SCALINGS)
-        if self.optimizer == "preconditioned" and self.adapter_init not in LORA_INITS:
+        if self.optimizer in FACTOR_OPTIMIZERS and self.adapter_init not in LORA_INITS:
             raise ConfigError(
-                f"optimizer is 'preconditioned' and method {self.method!r}; expected a method "
-                f"that trains A and B here: {', '.join(LORA_INITS)}, rslora"
+                f"optimizer is {self.optimizer!r} and method {self.method!r}; expected a method "
+                f"that trains A and B here: {', '.join(LORA_INITS)}, rslora, lora-pro"
             )
         has_alpha = self.lora_alpha is not None or self.adapter_init == "lora-xs"
         if self.use_rslora and self.adapter_init in CORE_INITS and not has_alpha:
@@ -163,7 +166,7 @@ class TrainConfig:
         """The `init` of a `LoRASBConfig` for this method; None where it takes no such adapter."""
         if self.method not in ADAPTER_METHODS:
             return None
-        return "lora" if self.method == "rslora" else self.method
+        return "lora" if self.method in ("rslora", "lora-pro") else self.method
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS
+from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
+from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.loss import sample_mean_loss
 from lorasb_kernels.utils.files import atomic_folder
 
@@ -55,7 +57,7 @@ def prepare(
     elif config.method in ADAPTER_METHODS:
         _with_adapter(model, config, samples, pad_token_id, eta, progress)
     else:
-        model = _with_peft(model, config)
+        model = _with_peft(model, config, samples, pad_token_id)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -137,22 +139,62 @@ def estimation_batches(
     return batches
 
 
-def _with_peft(model: nn.Module, config: TrainConfig) -> nn.Module:
+def _with_peft(
+    model: nn.Module, config: TrainConfig, samples: Sequence[Encoded], pad_token_id: int
+) -> nn.Module:
     try:
         import peft
     except ImportError as error:
         raise ImportError(f"method {config.method!r} needs the package peft: {error}") from error
 
-    targets = config.target_modules
+    saved = heads(model) if config.task == "classification" else ()
+    targets = find_targets(model, config.target_modules, saved)
+    common = {
+        "r": config.r,
+        "target_modules": list(targets),
+        "task_type": "CAUSAL_LM" if config.task == "causal-lm" else "SEQ_CLS",
+    }
+    torch.manual_seed(config.seed)
+    if config.method == "vera":
+        adapter = peft.VeraConfig(
+            **common, vera_dropout=config.dropout, projection_prng_key=config.seed
+        )
+        return peft.get_peft_model(model, adapter)
+    inits = {"pissa": "pissa", "lora-ga": "lora_ga"}
     adapter = peft.LoraConfig(
-        r=config.r,
+        **common,
         lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
-        target_modules=list(targets) if isinstance(targets, tuple) else targets,
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
         use_dora=config.method == "dora",
-        init_lora_weights="pissa" if config.method == "pissa" else True,
-        task_type="CAUSAL_LM" if config.task == "causal-lm" else "SEQ_CLS",
+        init_lora_weights=inits.get(config.method, True),
+        lora_ga_config=peft.LoraGAConfig() if config.method == "lora-ga" else None,
     )
-    torch.manual_seed(config.seed)
+    if config.method == "lora-ga":
+        _gradients_for_lora_ga(model, targets, adapter, config, samples, pad_token_id)
     return peft.get_peft_model(model, adapter)
+
+
+def _gradients_for_lora_ga(model, targets, adapter, config, samples, pad_token_id) -> None:
+    """Sums the gradients that LoRA-GA starts from, over the samples that LoRA-SB would take."""
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    for name, layer in targets.items():
+        limit = min(layer.weight.shape) // 2  # A takes r singular vectors, B the next r
+        if config.r > limit:
+            raise ConfigError(
+                f"r is {config.r}; expected r <= {limit} for {name} by method 'lora-ga'"
+            )
+    batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
+
+    def backward() -> None:
+        for batch in batches:
+            loss = (
+                sample_mean_loss(model, batch)
+                if config.task == "causal-lm"
+                else model(**batch).loss
+            )
+            loss.backward()
+
+    preprocess_loraga(model, adapter, backward)
+    model.zero_grad(set_to_none=True)

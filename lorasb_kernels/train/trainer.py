@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters
+from lorasb_kernels.optim import LoRAProAdamW, PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
 from lorasb_kernels.train.checkpoint import load_state, save_state, seal
-from lorasb_kernels.train.config import TrainConfig
+from lorasb_kernels.train.config import FACTOR_OPTIMIZERS, TrainConfig
 from lorasb_kernels.train.errors import DivergedError
 from lorasb_kernels.train.loss import token_losses
 from lorasb_kernels.utils.files import write_tensors
@@ -97,16 +97,19 @@ class AdapterTrainer(Trainer):
         return sampler
 
     def create_optimizer(self, model=None):
-        """AdamW of transformers, or this library's preconditioned one."""
-        if self.optimizer is None and self.config.optimizer == "preconditioned":
-            pairs, others = split_parameters(self.model if model is None else model)
-            self.optimizer = PreconditionedAdamW(
-                pairs,
-                others,
-                lr=self.config.learning_rate,
-                weight_decay=self.config.weight_decay,
-                damping=self.config.damping,
-            )
+        """AdamW of transformers, or one of this library's for A and B."""
+        if self.optimizer is None and self.config.optimizer in FACTOR_OPTIMIZERS:
+            model = self.model if model is None else model
+            options = {
+                "lr": self.config.learning_rate,
+                "weight_decay": self.config.weight_decay,
+                "damping": self.config.damping,
+            }
+            if self.config.optimizer == "lora-pro":
+                options["scaling"] = model.lorasb_config.s
+                self.optimizer = LoRAProAdamW(*split_parameters(model), **options)
+            else:
+                self.optimizer = PreconditionedAdamW(*split_parameters(model), **options)
         return super().create_optimizer(model)
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:

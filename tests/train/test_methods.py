@@ -14,18 +14,49 @@ from lorasb_kernels.train.methods import estimation_batches
 from lorasb_kernels.train.run import finetune
 from tests.train.conftest import reviews, sums, tiny_config
 
-ALL_METHODS = ["lora-sb", "lora-xs", "lora", "rslora", "lora-one", "pissa", "dora", "full"]
+ALL_METHODS = ["lora-sb", "lora-xs", "lora", "rslora", "lora-one", "lora-pro", "pissa", "dora"]
+ALL_METHODS += ["lora-ga", "vera", "full"]
+RATES = {"full": 5e-3, "vera": 0.2}  # VeRA trains vectors that scale frozen random matrices
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_every_method_lowers_the_loss(method, llama, tmp_path):
-    rate = 5e-3 if method == "full" else 2e-2
-    config = tiny_config(llama, tmp_path, method=method, learning_rate=rate, r=16)
+    rate = RATES.get(method, 2e-2)
+    config = tiny_config(
+        llama, tmp_path, method=method, learning_rate=rate, r=8 if method == "lora-ga" else 16
+    )
     _, _, result = finetune(config, sums(96), sums(20), judge_before=True)
     losses = [loss for _, loss in result.losses]
     assert len(losses) == result.steps == 12
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert result.after < 0.8 * result.before
+
+
+def test_lora_ga_starts_from_gradients_and_changes_nothing_at_first(llama, tmp_path):
+    """Its A and B follow the samples; the base is offset, so that the first loss is the base's."""
+
+    def start(seed: int):
+        folder = tmp_path / f"{seed}"
+        config = tiny_config(llama, folder, method="lora-ga", learning_rate=1e-12, max_steps=1)
+        rows = sums(96)[seed * 48 :][:48]
+        model, _, result = finetune(config, rows, sums(20), judge_before=True)
+        assert result.after == pytest.approx(result.before, rel=1e-4)
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    assert not torch.allclose(start(0), start(1))
+
+
+def test_lora_ga_needs_two_ranks_of_every_layer(llama, tmp_path):
+    config = tiny_config(llama, tmp_path, method="lora-ga", r=9)
+    with pytest.raises(ConfigError, match=r"r is 9; expected r <= 8 for .*k_proj.* 'lora-ga'"):
+        finetune(config, sums(8))
+
+
+def test_lora_pro_trains_with_its_own_optimizer(llama, tmp_path):
+    config = tiny_config(llama, tmp_path, method="lora-pro", max_steps=1)
+    assert config.optimizer == "lora-pro"
+    with pytest.raises(ConfigError, match="optimizer is 'lora-pro' and method 'lora-sb'"):
+        tiny_config(llama, tmp_path, method="lora-sb", optimizer="lora-pro")
 
 
 def test_lora_sb_starts_below_lora_xs(llama, tmp_path):

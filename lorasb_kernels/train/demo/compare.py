@@ -32,6 +32,9 @@ RATES = {
     "pissa": (8e-4, 2e-3),
     "dora": (2e-3, 5e-3),
     "lora-one": (8e-4, 2e-3),
+    "lora-pro": (8e-4, 2e-3, 5e-3),
+    "lora-ga": (8e-4, 2e-3),
+    "vera": (1e-2, 2.5e-2),
 }
 # η of `compare`. In a short run the first of few warm-up steps is a large share of the peak: an
 # update of that size starts above the loss of a model that was left alone.
