@@ -1,4 +1,4 @@
-"""What an adapter costs: layers, ranks, trainable and frozen elements, bytes."""
+"""What an adapter costs: layers, ranks, trainable and frozen elements, bytes, operations."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from lorasb_kernels.targets import (
     check_rank,
     find_saved_modules,
     find_targets,
+    head_modules,
     refuse_adapted,
 )
 
@@ -37,12 +38,26 @@ class Description:
     """The adapted layers of a model; `str()` gives a table.
 
     `other_trainable` counts trainable elements outside the layers (`modules_to_save`),
-    `total` all parameters of the base model.
+    `total` all parameters of the base model; `linear_weights` the weight elements of the linear
+    layers that every token passes, `head_weights` of those that a sequence passes once, which is
+    the head of a sequence classifier.
     """
 
     layers: tuple[LayerDescription, ...]
     other_trainable: int
     total: int
+    linear_weights: int
+    head_weights: int
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-accumulates of a forward pass over one sequence of `tokens` tokens.
+
+        Those of the model's linear layers and of the adapters, as the papers count them:
+        m·n + r·(m + n) + r² per token and adapted layer (no r² without a core). Embeddings,
+        normalizations and attention scores are not counted. Each is two FLOPs.
+        """
+        adapters = sum(layer.trainable + layer.subspace for layer in self.layers)
+        return (self.linear_weights + adapters) * tokens + self.head_weights
 
     @property
     def trainable(self) -> int:
@@ -123,10 +138,27 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
         saved = find_saved_modules(model, config.modules_to_save)
         other = sum(p.numel() for module in saved.values() for p in module.parameters())
         total = parameter_count(model)
+    linear_weights, head_weights = _linear_weights(model)
     described = tuple(
         _describe_layer(name, layers[name], ranks[name], without_core) for name in layers
     )
-    return Description(described, other, total)
+    return Description(described, other, total, linear_weights, head_weights)
+
+
+def _linear_weights(model: nn.Module) -> tuple[int, int]:
+    """Weight elements of the linear layers that every token passes, and of a classifier's head."""
+    heads = set()
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        heads = head_modules(model)
+    each_token = once = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weights = module.in_features * module.out_features
+            if id(module) in heads:
+                once += weights
+            else:
+                each_token += weights
+    return each_token, once
 
 
 def _describe_layer(name: str, linear: nn.Linear, r: int, without_core: bool) -> LayerDescription:

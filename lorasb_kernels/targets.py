@@ -51,7 +51,7 @@ def _is_linear_like(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _heads(model: nn.Module) -> set[int]:
+def head_modules(model: nn.Module) -> set[int]:
     """Modules outside the base model (language model and classification heads), by identity."""
     heads = set()
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
@@ -87,7 +87,7 @@ def find_targets(
         and not any(matches_suffix(name[:end], modules_to_save) for end in _prefix_ends(name))
     }
     if target_modules == "all-linear":
-        heads = _heads(model)
+        heads = head_modules(model)
         targets = {name: m for name, m in candidates.items() if id(m) not in heads}
     elif isinstance(target_modules, str):
         try:
@@ -201,6 +201,7 @@ __all__ = [
     "check_rank",
     "find_saved_modules",
     "find_targets",
+    "head_modules",
     "layers_of",
     "refuse_adapted",
 ]

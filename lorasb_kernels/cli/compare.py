@@ -1,8 +1,9 @@
 r"""Compare methods on one task, from the same base, seeds and data order.
 
 Without --config the task is the demonstration's: MiniLM-L6 learns to tell sarcastic headlines
-from others. There the suite `methods` holds full fine-tuning, LoRA, rsLoRA, PiSSA, DoRA, LoRA-GA, LoRA-Pro, VeRA, LoRA-XS,
-LoRA-SB and LoRA-One, `ablations` LoRA-SB with other initializations and numbers of samples.
+from others. There the suite `methods` has full fine-tuning, LoRA, rsLoRA, PiSSA, DoRA, LoRA-GA,
+LoRA-Pro, VeRA, LoRA-XS, LoRA-SB and LoRA-One, `ablations` LoRA-SB with other initializations and
+numbers of samples.
 Learning rates are chosen on validation rows (up to two more are tried where the best is the first
 or the last), the test rows are read once a run. Every finished run is kept; started again, the
 comparison goes on. Writes table.json, table.md and loss.png.

@@ -32,7 +32,7 @@ RATES = {
     "pissa": (8e-4, 2e-3),
     "dora": (2e-3, 5e-3),
     "lora-one": (8e-4, 2e-3),
-    "lora-pro": (8e-4, 2e-3, 5e-3),
+    "lora-pro": (8e-5, 2e-4, 5e-4),  # its steps of the weight are those of full fine-tuning
     "lora-ga": (8e-4, 2e-3),
     "vera": (1e-2, 2.5e-2),
 }
