@@ -1,4 +1,4 @@
-"""Replacing the linear layers of a model by adapted ones, and back."""
+"""Replaces the linear layers of a model by adapted ones, and back."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -33,9 +33,9 @@ def adapt(
 ) -> nn.Module:
     """Adapts `model` in place: each target becomes a `LoRASBLinear` over the same weight.
 
-    With an `init` that trains A and B it becomes a `LoRALinear`. Afterwards only what the
-    targets train, `lora_R` or `lora_A` and `lora_B`, and the parameters of `modules_to_save`
-    require grad. If anything raises, the model is as it was.
+    With an `init` that trains A and B it becomes a `LoRALinear`. Afterwards only `lora_R` (or
+    `lora_A` and `lora_B`) of the targets and the parameters of `modules_to_save` require grad. If
+    anything raises, the model is unchanged.
 
     Args:
         model: the pretrained model.
@@ -88,7 +88,7 @@ def adapt(
 
 
 def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
-    """The adapted layer over `linear` that `config` describes, factors still 0."""
+    """The adapted layer over `linear` that `config` describes; its factors are 0."""
     kinds = (LoRASBLinear, LoRALinear)
     if quantization_of(linear) is not None:
         kinds = (QuantizedLoRASBLinear, QuantizedLoRALinear)
@@ -111,7 +111,7 @@ def install(
     saved: dict[str, nn.Module],
     config: LoRASBConfig,
 ) -> None:
-    """Puts the layers in place and freezes all but what they train and the saved modules."""
+    """Puts the layers into the model and freezes everything else except the saved modules."""
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     model.requires_grad_(False)
@@ -147,11 +147,11 @@ def merge_and_unload(
     Args:
         model: an adapted model.
         safe_merge: raise, with no weight changed, if a merged weight would not be finite.
-        dequantize: dtype of the plain layers that quantized ones become, of several times
-            their size. `lorasb merge` into the model they were quantized from loses less.
+        dequantize: dtype of the plain layers that replace quantized ones; they take several times
+            the memory. `lorasb merge` into the model before quantization loses less precision.
 
     Returns:
-        `model`, without adapters; all of it frozen still but `modules_to_save`.
+        `model`, without adapters; all of it is still frozen except `modules_to_save`.
 
     Raises:
         ValueError: the model holds no adapter, `safe_merge` found a non-finite weight, or a
@@ -181,7 +181,7 @@ def merge_and_unload(
 
 
 def _forget_quantizer(model: nn.Module) -> None:
-    """A transformers model with plain layers again must not be saved as a quantized one."""
+    """Removes the mark that makes transformers save the model as a quantized one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

@@ -37,7 +37,7 @@ class LoRASBConfig:
             `"noise"` (ΔW plus noise), `"kaiming-svd"` (a Kaiming-uniform matrix for ΔW) and
             `"scaled-b"` (the same B·R·A with B = U S, R = 1/s: B is not orthonormal).
         scaling: s of the adapter `s·B·R·A`, finite and not 0.
-        lora_alpha: α; when given, s = α/r and `scaling` must be left alone.
+        lora_alpha: α; when given, s = α/r and `scaling` must not be given.
         use_rslora: s = α/√r instead (arXiv:2312.03732).
         dropout: probability that an element of the adapter's input is dropped, in [0, 1).
         backend: kernels to run, `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
@@ -49,8 +49,8 @@ class LoRASBConfig:
         core_std: standard deviation of the initial R for `"lora-xs"`.
         noise_std: standard deviation of the noise added to ΔW for `"noise"`.
         gamma: γ of `"lora-one"`.
-        spectral_scaling: what `"lora-one"` gives A and B of the singular values S, each:
-            `"relative"`, √(S/S₁)/√γ, or `"absolute"`, √γ·√S.
+        spectral_scaling: the factor that `"lora-one"` puts on each of A and B from the singular
+            values S: `"relative"`, √(S/S₁)/√γ, or `"absolute"`, √γ·√S.
         seed: seed of every random draw of the initialization.
 
     Raises:

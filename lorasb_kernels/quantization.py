@@ -1,7 +1,7 @@
 """Quantized linear layers: which they are, and their weight as a plain tensor.
 
 bitsandbytes' NF4, FP4 and INT8 layers and torchao's weight-only formats. Neither library is
-imported here: where no layer of theirs can be, it need not be installed.
+imported here, so neither needs to be installed.
 """
 
 import sys
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_REPACKING = "support_avx512bf16_for_cpu"  # what bitsandbytes' Linear4bit asks itself
+_REPACKING = "support_avx512bf16_for_cpu"  # a flag of bitsandbytes' Linear4bit
 
 
 def quantization_of(layer: nn.Module) -> str | None:
@@ -38,7 +38,7 @@ def check_quantized(name: str, layer: nn.Linear) -> None:
 
     Raises:
         TypeError: a weight that is not quantized yet, or was repacked for inference; a format
-            that quantizes activations, too, or that cannot be dequantized.
+            that also quantizes activations, or that cannot be dequantized.
     """
     weight = layer.weight
     if _is_torchao(weight):
@@ -97,7 +97,7 @@ def repacking_prevented(model: nn.Module) -> Iterator[None]:
 
 
 def weight_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype of `dense_weight(layer)`: for INT8, which does not know the model's, fp16."""
+    """The dtype of `dense_weight(layer)`; fp16 for INT8, which does not store the model's dtype."""
     quantization, weight = quantization_of(layer), _frozen(layer).weight
     if quantization == "bitsandbytes int8":
         return torch.float16
@@ -110,7 +110,7 @@ def weight_dtype(layer: nn.Module) -> torch.dtype:
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """W [m, n] of a linear layer, adapted or not, as a plain tensor.
 
-    The weight itself where it is not quantized, else dequantized by the library it belongs to.
+    The weight itself if it is not quantized; otherwise dequantized by the library that made it.
     """
     quantization, layer = quantization_of(layer), _frozen(layer)
     weight = layer.weight.detach()
@@ -122,7 +122,7 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
 
     if quantization != "bitsandbytes int8":
         return bitsandbytes.functional.dequantize_4bit(weight, layer.weight.quant_state)
-    # Before its first forward pass the layer keeps codes and scales with the weight.
+    # Before its first forward pass the layer keeps codes and scales in the weight.
     holder = layer.state if layer.weight.CB is None else layer.weight
     dense = bitsandbytes.functional.int8_vectorwise_dequant(holder.CB, holder.SCB)
     return dense.to(weight_dtype(layer))

@@ -1,6 +1,6 @@
-"""Finding the linear layers that a configuration means, and refusing what cannot be adapted.
+"""Finds the linear layers that a configuration selects, and refuses what cannot be adapted.
 
-Only looks at the model; nothing is changed.
+Only reads the model; nothing is changed.
 """
 
 import re
@@ -35,7 +35,7 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def find_saved_modules(model: nn.Module, suffixes: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` means; each suffix must match.
+    """The modules that `modules_to_save` selects; each suffix must match.
 
     Raises:
         ValueError: a suffix that matches nothing.
@@ -150,7 +150,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
 
 
 def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> None:
-    """Refuses layers that cannot take a rank-r adapter without touching something else.
+    """Refuses layers that cannot take a rank-r adapter without affecting something else.
 
     Raises:
         ValueError: meta or shared weights, hooks, or r > min(m, n).
@@ -176,7 +176,7 @@ def check_adaptable(model: nn.Module, targets: dict[str, nn.Linear], r: int) -> 
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """What tells tensors of different memory apart; torchao's tensors have no address."""
+    """Identifies the memory of a tensor; torchao's tensors have no address."""
     return tensor.data_ptr() or id(tensor)
 
 

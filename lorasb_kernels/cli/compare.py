@@ -1,16 +1,12 @@
 r"""Compare methods on one task, from the same base, seeds and data order.
 
-Without --config the task is the demonstration's: MiniLM-L6 learns to tell sarcastic headlines
-from others. There the suite `methods` has full fine-tuning, LoRA, rsLoRA, PiSSA, DoRA, LoRA-GA,
-LoRA-Pro, VeRA, LoRA-XS, LoRA-SB and LoRA-One, `ablations` LoRA-SB with other initializations and
-numbers of samples.
-Learning rates are chosen on validation rows (up to two more are tried where the best is the first
-or the last), the test rows are read once a run. Every finished run is kept; started again, the
-comparison goes on. Writes table.json, table.md and loss.png.
-
-    lorasb compare --suite methods --output-dir out/compare
-    lorasb compare --config task.yaml --validation val.jsonl --test test.jsonl \
-        --methods lora-sb:16:1e-3,2.5e-3 lora:16:4e-4,1e-3 --output-dir out/compare
+Without --config the task is the demonstration's: MiniLM-L6 learns to tell sarcastic headlines from
+others. There the suite `methods` compares full fine-tuning, LoRA, rsLoRA, PiSSA, DoRA, LoRA-GA,
+LoRA-Pro, VeRA, LoRA-XS, LoRA-SB and LoRA-One, and `ablations` compares LoRA-SB with other
+initializations and other numbers of samples. Learning rates are chosen on validation rows (up to
+two more are tried if the best is the first or the last), and the test rows are read once per run.
+Every finished run is kept, so an interrupted comparison resumes. Writes table.json, table.md and
+loss.png.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """LoRA-SB as a method of peft: `get_peft_model(model, LoraSBPeftConfig(...))`.
 
-Importing this module makes peft know the method; import it before `PeftModel.from_pretrained`,
-too. Saving, loading, named adapters, `disable_adapter()` and `merge_and_unload()` are peft's
-own; the layers run this library's fused operation, several active adapters as one of the
-summed rank.
+Importing this module registers the method with peft; also import it before
+`PeftModel.from_pretrained`. Saving, loading, named adapters, `disable_adapter()` and
+`merge_and_unload()` are peft's own. The layers run this library's fused operation; several active
+adapters run as one adapter of the summed rank.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ OWN_FIELDS = (
 class LoraSBPeftConfig(PeftConfig):
     """Configuration of a LoRA-SB or LoRA-XS adapter in peft.
 
-    Fields are those of `LoRASBConfig` and mean the same; `target_modules` and the fields on
-    layers are peft's. With `init="lora-sb"` the adapter starts as `"orthogonal"` and waits for
-    `initialize_from_gradients`, as peft has no place for the batches.
+    Fields are those of `LoRASBConfig`; `target_modules` and the fields that select layers are
+    peft's. With `init="lora-sb"` the adapter starts as `"orthogonal"` until
+    `initialize_from_gradients` is called, because peft's interface takes no batches.
     """
 
     r: int = 16
@@ -82,8 +82,8 @@ class LoraSBPeftConfig(PeftConfig):
 class LoraSBLayer(nn.Module, BaseTunerLayer):
     """A linear layer with named adapters `s·B·R·A`; R is trained.
 
-    `lorasb_R` holds an fp32 [r, r] parameter an adapter, `lorasb_A` [r, n] and `lorasb_B`
-    [m, r] buffers in the dtype of the weight.
+    For each adapter `lorasb_R` holds an fp32 [r, r] parameter, and `lorasb_A` [r, n] and
+    `lorasb_B` [m, r] hold buffers in the dtype of the weight.
     """
 
     adapter_layer_names = ("lorasb_R",)
@@ -178,7 +178,7 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Takes the merged adapters out of the weight, up to a rounding."""
+        """Subtracts the merged adapters from the weight again, up to rounding."""
         self._shift_weight(self.merged_adapters, -1.0, False)
         self.merged_adapters.clear()
 
@@ -213,7 +213,7 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
 
 
 class LoraSBModel(BaseTuner):
-    """Puts `LoraSBLayer`s into a model, as peft asks for it."""
+    """Puts `LoraSBLayer`s into a model; peft's interface for a method."""
 
     prefix = f"{METHOD}_"
     tuner_layer_cls = LoraSBLayer
@@ -236,7 +236,7 @@ class LoraSBModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
-        """R is fp32 from the start, and A and B go with the weight: nothing to cast."""
+        """Nothing to cast: R is created in fp32, and A and B have the dtype of the weight."""
 
 
 def initialize_from_gradients(
@@ -250,7 +250,7 @@ def initialize_from_gradients(
     """LoRA-SB's initialization of an adapter: the truncated SVD of `−η·sign(Σ ∂L/∂W)`.
 
     Args:
-        model: a `PeftModel` with a LoRA-SB adapter; other adapters are disabled meanwhile.
+        model: a `PeftModel` with a LoRA-SB adapter; other adapters are disabled while this runs.
         batches, learning_rate, loss_fn, progress: as in `lorasb_kernels.adapt`.
         adapter_name: the adapter to initialize.
 

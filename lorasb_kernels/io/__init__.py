@@ -1,1 +1,1 @@
-"""Adapters on disk: our format, peft's, checkpoints merged shard by shard, the hub."""
+"""Adapters on disk: this library's format, peft's format, merging on disk, the hub."""

@@ -4,16 +4,16 @@
     subspace.safetensors     A and B of every layer, written once per initialization
     adapter.safetensors      R of every layer (fp32) and the saved modules: what training changes
 
-LoRA trains A and B: they are in `adapter.safetensors`, and `subspace.safetensors` only tells the
-frozen weights from others.
+LoRA trains A and B: they are in `adapter.safetensors`, and `subspace.safetensors` only identifies
+the frozen weights.
 
 LoRA-XS has no `subspace.safetensors`: its A and B are rebuilt from the frozen weights, and
-`adapter.safetensors` holds what tells them from others (see `io/lora_xs.py`).
+`adapter.safetensors` holds what identifies them (see `io/lora_xs.py`).
 
-Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with and the
-digest of its own tensors, and `subspace.safetensors` a few elements of each frozen weight, so that
-an adapter meets neither another subspace nor another base model unnoticed, and a flipped bit
-shows. Files are replaced whole; everything is checked before the model is touched.
+Each `adapter.safetensors` carries the fingerprint of the A and B it was trained with and the digest
+of its own tensors, and `subspace.safetensors` holds a few elements of each frozen weight. So an
+adapter that is combined with another subspace or another base model is refused, and a flipped bit
+is found. Files are replaced as a whole; everything is checked before the model is changed.
 """
 
 import json
@@ -50,17 +50,17 @@ SUBSPACE_FILE = "subspace.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 FORMAT = "1"
 _PROBE_ELEMENTS = 16
-# The probe is kept in bf16 so that a base loaded in fp32, bf16 or fp16 passes; two roundings.
+# The probe is kept in bf16, so that a base loaded in fp32, bf16 or fp16 passes; two roundings.
 _PROBE_TOLERANCE = 2.0**-7
-# Of the probes' cosine: 4-bit codes keep 0.99, another model's weights are at 0 ± 0.25.
+# For the cosine of the probes: with 4-bit codes it is 0.99, with another model's weights 0 ± 0.25.
 _PROBE_LIKENESS = 0.9
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Writes the adapters of `model` to `directory`.
 
-    A and B are written only when they are not there already. Under `fully_shard` every rank
-    calls it, since the parameters are gathered; all write the same bytes.
+    A and B are written only if they are not in the directory already. Under `fully_shard` every
+    rank must call it, because the parameters are gathered; all ranks write the same bytes.
 
     Args:
         model: an adapted model.
@@ -111,7 +111,7 @@ def load_adapter(model: nn.Module, directory: str | Path, revision: str | None =
         FileNotFoundError: a file is missing.
         ValueError: files that are damaged, do not belong together, belong to another base
             model, or whose names, shapes or dtypes do not fit; non-finite values; a model
-            that `fully_shard` has cut already.
+            that is already sharded by `fully_shard`.
     """
     directory = local_folder(directory, (CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE), revision)
     record, config, trained, subspace = read_adapter(directory)
@@ -208,7 +208,7 @@ def subspace_fingerprint(model: nn.Module) -> str:
 def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the names, dtypes, shapes and bits of the `lora_A` and `lora_B` tensors.
 
-    Over the probes of the weights where there are none, as in LoRA.
+    If there are none, as in LoRA, over the probes of the weights.
     """
     factors = {k: t for k, t in subspace.items() if k.endswith((".lora_A", ".lora_B"))}
     return digest_of(factors or subspace)
@@ -243,8 +243,8 @@ def _trained(
 
 
 def _stored(directory: Path) -> tuple[str, LoRASBConfig] | None:
-    """The fingerprint of the subspace in `directory` and the configuration beside it; None
-    unless its files are whole."""
+    """The fingerprint of the subspace in `directory` and its configuration; None if a file is
+    missing or damaged."""
     try:
         record, config = _read_record(directory)
         if config.init == "lora-xs":
@@ -292,7 +292,7 @@ def check_base(
 ) -> None:
     """Raises ValueError if `weight` is not the one of layer `name` that the adapter knew.
 
-    Weights that were quantized in another way, or not at all, need only be alike.
+    Weights that were quantized in another way, or not at all, need only be similar.
     """
     probe, own = subspace.get(f"{name}.weight_probe"), _probe(weight).float().cpu()
     if probe is None or probe.shape != own.shape:

@@ -10,7 +10,7 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def local_folder(source: str | Path, patterns: Sequence[str], revision: str | None = None) -> Path:
     """The folder `source`, downloaded first if it names a hub repository.
 
-    A folder that exists is taken as it is; huggingface_hub is imported only to download.
+    An existing folder is used as it is; huggingface_hub is imported only to download.
 
     Args:
         source: a path, or a repository id such as `"user/name"`.

@@ -1,12 +1,13 @@
 """LoRA-XS adapters without A and B: both are rebuilt from the frozen weight.
 
-The truncated SVD starts from a seeded draw, so it is the same for the same weight up to the
+The truncated SVD starts from a seeded draw, so for the same weight it is the same up to the
 rounding of the machine's matrix products; a hash over its bits would refuse an adapter from
-another machine. What tells the rebuilt factors from others is therefore numerical:
+another machine. The rebuilt factors are therefore identified by numbers:
 
     A·Z [r, 4]  and  Bᵀ·Z [r, 4]     Z the columns cos(f·k), k = 1, 2, …, of norm 1
 
-A singular vector with its sign turned, or of another weight, moves these far beyond rounding.
+A singular vector with the opposite sign, or of another weight, changes these far more than rounding
+does.
 """
 
 import torch
@@ -21,7 +22,7 @@ _TOLERANCE = 0.02  # A and B in bf16 differ from themselves by about 0.004
 
 
 def _project(factor: torch.Tensor) -> torch.Tensor:
-    """`factor` [r, k] on the four fixed directions, fp32 [r, 4] on the CPU."""
+    """`factor` [r, k] times the four fixed directions, fp32 [r, 4] on the CPU."""
     positions = torch.arange(1, factor.shape[1] + 1, dtype=torch.float64)
     directions = torch.cos(positions[:, None] * torch.tensor(_FREQUENCIES, dtype=torch.float64))
     directions /= directions.norm(dim=0)

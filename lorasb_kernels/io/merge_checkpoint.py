@@ -2,7 +2,7 @@
 
     W' = round(W + s·B·R·A)     product and sum in fp32, one rounding to the dtype of W
 
-Without R for LoRA.
+For LoRA without R.
 
 No model is built: each safetensors file of the base is read, its adapted weights changed, and
 written under the same name, so the memory needed is that of the largest file.
@@ -46,7 +46,7 @@ def merge_checkpoint(
     Args:
         model: folder or hub id of the base model, in safetensors files.
         adapter: folder or hub id of what `save_adapter` wrote.
-        output: new folder; appears whole or not at all.
+        output: new folder; it is written completely or not at all.
         progress: show a progress bar.
 
     Raises:
@@ -81,7 +81,7 @@ def merge_checkpoint(
 
 
 class _Merger:
-    """What the adapter in a folder makes of the base model's tensors."""
+    """What the adapter in a folder changes in the base model's tensors."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -108,7 +108,7 @@ class _Merger:
             )
 
     def merged(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that takes the place of `tensor`, in its dtype."""
+        """The tensor to write instead of `tensor`, in its dtype."""
         if key in self.replaced:
             check_tensors(self.directory, {key: self.replaced[key]}, {key: tensor})
             return self.replaced[key].to(tensor.dtype)
@@ -148,7 +148,7 @@ class _Merger:
             if any(factor is None for factor in factors):
                 raise ValueError(f"{self.directory} lacks lora_A or lora_B of {name}")
             return tuple(factors)
-        # As a layer holds them: rounded to the dtype of the weight.
+        # Rounded to the dtype of the weight, as in a layer.
         lora_A, lora_B = (f.to(weight.dtype) for f in rebuild_factors(name, weight, self.config))
         check_rebuilt(factor_probes(name, lora_A, lora_B), self.trained, self.base_model)
         return lora_A, lora_B
@@ -172,13 +172,13 @@ def _shards(source: Path) -> dict[str, list[str]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor; every one lies beside the index."""
+    """The file of each tensor; all files are in the folder of the index."""
     record = read_json(index)
     weight_map = record.get("weight_map") if isinstance(record, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no 'weight_map'; expected the index of a model")
     for key, file in weight_map.items():
-        # They are written under the same names: one with a folder in it could be anywhere.
+        # They are written under the same names: a name with a folder in it could lead anywhere.
         beside = isinstance(file, str) and Path(file).name == file
         if not (beside and file.endswith(".safetensors") and (index.parent / file).is_file()):
             raise ValueError(
@@ -189,7 +189,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; ValueError with its name where it is not whole."""
+    """A safetensors file; ValueError with its name if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -200,8 +200,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _key_of(name: str, keys: list[str]) -> str:
     """The key of the tensor that a loaded model calls `name`.
 
-    A checkpoint of a bare model lacks the prefix that a model with a head adds, and the other
-    way round.
+    A checkpoint of a bare model lacks the prefix that a model with a head adds, and vice versa.
     """
     known = set(keys)
     parts = name.split(".")

@@ -9,8 +9,8 @@ r·(m + n); LoRA's stay as many.
 The published LoRA-SB and LoRA-XS code saves a peft LoRA directory with one more tensor per layer,
 R, the weight of a module `default_lora_latent_mapping`. Older peft strips `.default` from the name
 on saving, which leaves `q_proj_lora_latent_mapping.weight`; newer peft keeps
-`q_proj.default_lora_latent_mapping.weight`. Loaded by peft itself, either is dropped without a
-word and `B·A` is what remains.
+`q_proj.default_lora_latent_mapping.weight`. When peft itself loads such a file, it ignores
+this tensor without a warning and computes `B·A`.
 """
 
 import re
@@ -71,8 +71,8 @@ def export_peft(
         directory: created if missing; gets `adapter_config.json` and
             `adapter_model.safetensors`.
         dtype: dtype of the written factors, fp32, fp16 or bf16.
-        saved_modules: write the modules of `modules_to_save` too. Servers that take LoRA
-            alone (vLLM) refuse them; without them the trained head is left behind.
+        saved_modules: write the modules of `modules_to_save` too. Servers that take only
+            LoRA (vLLM) refuse them; without them the trained head is not exported.
 
     Raises:
         ValueError: the model holds no adapter, a layer is merged, a factor is not finite (or
@@ -131,7 +131,7 @@ def _task_type(model: nn.Module) -> str | None:
 def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
     """Suffixes that select the modules `names` of `model` and no other, shortest first choice.
 
-    The last components where they select nothing else, otherwise the full names.
+    The last components if they select nothing else, otherwise the full names.
     """
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     selected = {name for name, _ in model.named_modules() if matches_suffix(name, tuple(suffixes))}
@@ -155,8 +155,8 @@ def import_peft(
         directory: folder or hub repository with `adapter_config.json` and
             `adapter_model.safetensors`.
         revision: branch, tag or commit of a hub repository.
-        plain_lora: read a LoRA adapter, A and B alone. To be said, since files of the published
-            code that peft has saved again look like one: their R is gone.
+        plain_lora: read a LoRA adapter, which has only A and B. This must be stated, because files
+            of the published code look the same after peft has saved them again without R.
 
     Returns:
         `model`, adapted in place. If anything raises, it is as it was.
@@ -260,7 +260,7 @@ def _configuration(
 ) -> LoRASBConfig:
     r = next(iter(factors.values()))["lora_A"].shape[0]
     modules = [name for name, _ in model.named_modules()]
-    # peft lists heads of every kind ("classifier", "score"); only those of this model count.
+    # peft lists heads of every kind ("classifier", "score"); only those in this model are used.
     saved = tuple(
         suffix
         for suffix in peft_config.get("modules_to_save") or ()

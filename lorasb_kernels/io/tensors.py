@@ -1,4 +1,4 @@
-"""Tensors on their way to and from safetensors files: read, checked, gathered, digested."""
+"""Tensors to and from safetensors files: reading, checking, gathering, digests."""
 
 import hashlib
 from pathlib import Path
@@ -42,7 +42,7 @@ def check_tensors(
             raise ValueError(
                 f"{path}: {name} has dtype {tensor.dtype}; expected {expected[name].dtype}"
             )
-        # As it will be held: 1e300 in a float64 file is infinite in a float32 layer.
+        # In the layer's dtype: 1e300 in a float64 file is infinite in a float32 layer.
         if tensor.is_floating_point() and not tensor.to(expected[name].dtype).isfinite().all():
             raise ValueError(f"{path}: {name} holds non-finite values")
 
@@ -58,7 +58,7 @@ def digest_of(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, gathered from all ranks where it is sharded."""
+    """`tensor`, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -40,16 +40,16 @@ class LoRASBLinear(nn.Linear):
         scaling: s.
         dropout_p: dropout probability on the adapter's input.
         backend: `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
-        optimal_gradient: turn the gradient of R into the optimal one,
+        optimal_gradient: replace the gradient of R by the optimal one,
             `(1/s²)·(BᵀB)⁻¹ g (AAᵀ)⁻¹` (arXiv:2411.19557, theorem 3). With orthonormal A, B
-            and s = 1 that is the plain gradient, and nothing is done.
+            and s = 1 that is the plain gradient, which is then used as it is.
         init: name of the initialization, for display.
         device: device of the parameters and buffers.
         dtype: dtype of weight, bias, A and B.
 
     Raises:
         ValueError: r outside 1 … min(m, n), a scaling that is 0 or not finite, dropout
-            outside [0, 1), the optimal gradient of a core that is not there.
+            outside [0, 1), the optimal gradient for a layer without a core.
     """
 
     trained: ClassVar[tuple[str, ...]] = ("lora_R",)
@@ -112,7 +112,7 @@ class LoRASBLinear(nn.Linear):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
     def factors(self) -> dict[str, torch.Tensor]:
-        """The adapter's factors by name, `lora_R` only where there is a core."""
+        """The adapter's factors by name; `lora_R` only if there is a core."""
         named = {name: getattr(self, name) for name in ("lora_A", "lora_R", "lora_B")}
         return {name: factor for name, factor in named.items() if factor is not None}
 
@@ -125,7 +125,7 @@ class LoRASBLinear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, r: int, *, reset: bool = True, **options
     ) -> "LoRASBLinear":
-        """Wraps `linear`; weight and bias share its storage, its flags stay as they are.
+        """Wraps `linear`; weight and bias share its storage and keep their `requires_grad`.
 
         Args:
             linear: the layer to adapt.
@@ -156,7 +156,7 @@ class LoRASBLinear(nn.Linear):
         return layer
 
     def _hold(self, linear: nn.Linear) -> None:
-        """Takes the frozen weight and bias of `linear` for its own."""
+        """Uses the frozen weight and bias of `linear`."""
         if (kind := quantization_of(linear)) is not None:
             raise TypeError(
                 f"linear is quantized ({kind}); expected a plain nn.Linear, or from_linear() of "
@@ -199,7 +199,7 @@ class LoRASBLinear(nn.Linear):
     def set_adapter(
         self, lora_A: torch.Tensor, lora_R: torch.Tensor | None, lora_B: torch.Tensor
     ) -> None:
-        """Copies the factors in, rounded to the dtypes of the layer's own.
+        """Sets the factors, rounded to the dtypes of the layer's own.
 
         Raises:
             ValueError: a factor of the wrong shape, or a core for a layer without one.
@@ -230,7 +230,7 @@ class LoRASBLinear(nn.Linear):
         deviation = max((gram_A - identity).abs().max(), (gram_B - identity).abs().max())
         if self.scaling == 1.0 and deviation <= rounding:
             return
-        # Of full-rank factors the inverse; else the shortest of the optimal gradients.
+        # The inverse for full-rank factors; otherwise the shortest of the optimal gradients.
         inverse_A, inverse_B = (
             torch.linalg.pinv(gram.double(), hermitian=True) / self.scaling
             for gram in (gram_A, gram_B)
@@ -244,7 +244,7 @@ class LoRASBLinear(nn.Linear):
         return _OptimalGradient.apply(self.lora_R, self.gradient_left, self.gradient_right)
 
     def frozen_weight(self) -> torch.Tensor | FrozenLayer:
-        """What the operation takes for W."""
+        """What is passed to the operation as W."""
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -289,7 +289,7 @@ class LoRASBLinear(nn.Linear):
         """Adds the adapter to the weight in place, in fp32 with one rounding.
 
         Args:
-            safe_merge: raise, with the weight untouched, if the sum is not finite.
+            safe_merge: raise, with the weight unchanged, if the sum is not finite.
             keep_original: keep a copy of the weight, so that `unmerge` restores every bit.
 
         Raises:
@@ -307,8 +307,7 @@ class LoRASBLinear(nn.Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the adapter out of the weight: exactly if the original was kept, else to a
-        rounding."""
+        """Restores the weight: exactly if the original was kept, otherwise up to rounding."""
         if not self.merged:
             return
         if self._original_weight is not None:

@@ -9,7 +9,7 @@ from lorasb_kernels.quantization import dense_weight, prevent_repacking, quantiz
 
 
 class _Quantized:
-    """What an adapted layer does otherwise when its frozen layer is a quantized `base_layer`."""
+    """What an adapted layer does differently when its frozen layer is a quantized `base_layer`."""
 
     def _hold(self, linear: nn.Linear) -> None:
         self.weight = self.bias = None
@@ -17,7 +17,7 @@ class _Quantized:
         prevent_repacking(linear)
 
     def frozen_weight(self) -> FrozenLayer:
-        """The layer and its dequantized weight, as the operation takes them for W."""
+        """The layer and its dequantized weight, in the form that the operation takes as W."""
         shape = (self.out_features, self.in_features)
         return FrozenLayer(shape, self.base_layer, self.dense_weight)
 
@@ -37,7 +37,7 @@ class _Quantized:
 
         Args:
             safe_merge: raise if the sum is not finite.
-            keep_original: no matter: `unmerge` always goes back to the quantized layer.
+            keep_original: ignored; `unmerge` always restores the quantized layer.
             dequantize: dtype of the merged weight, that of the model's other weights. It is not
                 quantized again, which would round most of the adapter away.
 
@@ -63,7 +63,7 @@ class _Quantized:
         self.merged = True
 
     def unmerge(self) -> None:
-        """Goes back to the quantized layer, which merging left as it was."""
+        """Restores the quantized layer, which merging did not change."""
         self.weight = self.bias = None
         self.merged = False
 
@@ -71,7 +71,7 @@ class _Quantized:
 class QuantizedLoRASBLinear(_Quantized, LoRASBLinear):
     """`y = base_layer(x) + s·x Aᵀ Rᵀ Bᵀ` with a quantized `base_layer`; R is trained.
 
-    Made by `from_linear`, out of a bitsandbytes or torchao layer, which computes the frozen
+    Made by `from_linear` from a bitsandbytes or torchao layer, which computes the frozen
     product with its own kernel. Everything else is as in `LoRASBLinear`, except that `weight`
     and `bias` are None until `merge(dequantize=dtype)`.
     """
@@ -80,7 +80,7 @@ class QuantizedLoRASBLinear(_Quantized, LoRASBLinear):
 class QuantizedLoRALinear(_Quantized, LoRALinear):
     """`y = base_layer(x) + s·x Aᵀ Bᵀ` with a quantized `base_layer`; A and B are trained.
 
-    To `LoRALinear` what `QuantizedLoRASBLinear` is to `LoRASBLinear`.
+    The quantized counterpart of `LoRALinear`.
     """
 
 

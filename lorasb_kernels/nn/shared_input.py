@@ -1,10 +1,10 @@
 """Layers that read the same input and are computed together (q, k, v; gate, up).
 
-The first layer of a group to see an input computes the outputs of all of them in one
-`lorasb_group` call; the others find theirs ready. A layer called with another input than its
-siblings just computes for itself, so a wrong guess about the model costs time, never results.
-Under `torch.compile` every layer computes for itself: a tensor's version cannot be read while
-it is traced, so a change of the input between two siblings would go unseen.
+The first layer of a group that is called with an input computes the outputs of all of them in one
+`lorasb_group` call; the others return the cached outputs. A layer that is called with another input
+than its siblings computes only its own output, so a wrong guess about the model costs time but does
+not change results. Under `torch.compile` every layer computes its own output: a tensor's version
+cannot be read during tracing, so a change of the input between two siblings would not be noticed.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ CROSS_ATTENTION = ("crossattention", "EncDecAttention", "encoder_attn", "cross_a
 
 @dataclass
 class _Pending:
-    """Outputs computed for `input` that their layers have not asked for yet."""
+    """Outputs computed for `input` that their layers have not fetched yet."""
 
     input: torch.Tensor
     state: tuple[bool, int | None]
@@ -50,7 +50,7 @@ class SharedInput:
     _stacked: tuple | None = field(default=None, repr=False)
 
     def forward(self, layer: LoRASBLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """The output of `layer` for `x`; None when it has to compute for itself."""
+        """The output of `layer` for `x`; None if the layer has to compute it."""
         if torch.compiler.is_compiling():
             return None
         pending, key = self._pending, id(layer)
@@ -58,7 +58,8 @@ class SharedInput:
             pending is not None
             and pending.input is x
             and pending.state == _state(x)
-            # Another thread may have taken it since; then this layer computes for itself.
+            # Another thread may have taken it in the meantime; then this layer computes its own
+            # output.
             and (output := pending.outputs.pop(key, None)) is not None
         ):
             if not pending.outputs:
@@ -91,9 +92,9 @@ class SharedInput:
         )
 
     def _stacked_A(self) -> torch.Tensor | None:
-        """The A's of the layers one above the other, kept until one of them changes.
+        """The stacked A's of the layers, cached until one of them changes.
 
-        None where they are trained: then each forward pass stacks them for itself.
+        None if they are trained: then each forward pass stacks them.
         """
         if "lora_A" in self.layers[0].trained:
             return None

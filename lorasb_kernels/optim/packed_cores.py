@@ -1,9 +1,9 @@
-"""All cores in one flat buffer, so that an optimizer step is one tensor and clipping one norm.
+"""All cores in one flat buffer: an optimizer step updates one tensor, clipping takes one norm.
 
 A model has hundreds of cores of a few thousand elements: AdamW, clipping and `zero_grad` spend
-their time on launches. `PackedCores` moves them into one fp32 vector, of which each `lora_R`
-stays a view, and offers that vector as the one parameter for any optimizer of `torch.optim`
-that works element by element:
+their time on launches. `PackedCores` moves the cores into one fp32 vector, of which each `lora_R`
+becomes a view. That vector is the only parameter to give to an optimizer of `torch.optim` that
+works element by element:
 
     packed = PackedCores(model)
     optimizer = torch.optim.AdamW([packed.parameter], lr=1e-4)
@@ -108,14 +108,13 @@ class PackedCores:
         return sum(before) * self.parameter.element_size()
 
     def _latest_first(self):
-        # Backward runs from the last layer to the first: the search ends at once.
+        # Backward runs from the last layer to the first, so this finds a gradient at once.
         return reversed(self._cores.values())
 
     def separate_state(self, optimizer: torch.optim.Optimizer) -> dict:
         """The optimizer's state dict as if it had been given the separate cores.
 
-        An optimizer over `[layer.lora_R, …]` in module order, in the place of
-        `packed.parameter`, loads it.
+        It can be loaded by an optimizer over `[layer.lora_R, …]` in module order.
 
         Raises:
             ValueError: the optimizer does not hold the packed parameter.

@@ -1,11 +1,11 @@
-"""AdamW for LoRA factors, preconditioned by each other: what LoRA-One trains with.
+"""AdamW for LoRA factors, each preconditioned by the other; LoRA-One's optimizer.
 
     ĝ_A = (BᵀB + λI)⁻¹ g_A          AdamW step of A from ĝ_A
     ĝ_B = g_B (AAᵀ + λI)⁻¹          AdamW step of B from ĝ_B, with the A just updated
 
 (arXiv:2502.01235, algorithm 1; the preconditioners are those of arXiv:2402.02347.) Moments are
-those of the preconditioned gradients. Gradient steps along ĝ move B·A alike however its scale is
-shared between A and B.
+those of the preconditioned gradients. A step along ĝ changes B·A by the same amount, however the
+scale is split between A and B.
 
     optimizer = PreconditionedAdamW(*split_parameters(model), lr=1e-3)
 
@@ -43,11 +43,11 @@ def split_parameters(model: nn.Module) -> tuple[list[Pair], list[nn.Parameter]]:
 class PreconditionedAdamW(torch.optim.Optimizer):
     """AdamW over (A, B) pairs, each factor preconditioned by its partner; plain over the rest.
 
-    A pair whose Gram matrix G cannot be factored in fp32 (A or B nearly rank deficient, beside a
-    small λ) is damped by 2(r + √k)·ε·tr(G) more, k the length of the Gram products and ε fp32's
-    rounding error: a bound on the rounding of G and of its factorization. That happens on the
-    device, without the host knowing; `damped_steps` says how often. Where A or B is not finite,
-    neither is what they become.
+    A pair whose Gram matrix G cannot be factored in fp32 (A or B nearly rank deficient and λ small)
+    gets 2(r + √k)·ε·tr(G) added to its λ, with k the length of the Gram products and ε fp32's
+    rounding error: a bound on the rounding of G and of its factorization. This happens on the
+    device, without a host sync; `damped_steps` says how often. If A or B is not finite, the result
+    is not finite either.
 
     Args:
         pairs: (A [r, n], B [m, r]) of each layer; any ranks and shapes.
@@ -109,7 +109,7 @@ class PreconditionedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Takes one step; a pair or parameter without gradients is left as it is.
+        """Takes one step; a pair or parameter without gradients is left unchanged.
 
         Raises:
             ValueError: only one factor of a pair has a gradient.
@@ -160,7 +160,7 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         more = torch.where(failed, rounding * trace, 0)
         factor, info = torch.linalg.cholesky_ex(damped + more[:, None, None] * identity)
-        # What is not finite by now never was; a factorization that stopped may look finite.
+        # Non-finite entries come from a non-finite G; a failed factorization may still look finite.
         factor = torch.where((info != 0)[:, None, None], torch.nan, factor)
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(gram), upper=False)
         return inverse.mT @ inverse
@@ -203,7 +203,7 @@ def _with_gradients(As: Sequence, Bs: Sequence) -> tuple[list, list]:
 
 
 def _products(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """`left[i] @ right[i]`, one batched product a shape."""
+    """`left[i] @ right[i]`, one batched product per shape."""
     products: list[torch.Tensor] = [left[0]] * len(left)
     for positions in _same_shapes(right):
         stacked = (torch.stack([side[i] for i in positions]) for side in (left, right))

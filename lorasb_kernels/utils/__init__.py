@@ -1,1 +1,1 @@
-"""What any room may use: files that appear whole, progress bars, tables."""
+"""What every part of the package may use: files, progress bars, tables, figures."""

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written to a temporary file in the same folder, renamed."""
+"""Files are written completely or not at all: to a temporary file in the same folder, renamed."""
 
 import json
 import os
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it becomes `path`.
 
-    The content reaches the disk before the name does, so a crash at any moment leaves
-    either the old file or the new one.
+    The content is on disk before the file is renamed, so a crash at any moment leaves either the
+    old file or the new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +41,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends without an error.
 
-    A process killed inside the block leaves `path` as it was, and what it had written in a
-    folder `.<name>.<random>` beside it. An existing `path` is replaced.
+    If the process is killed inside the block, `path` is unchanged and what was written remains in
+    a folder `.<name>.<random>` next to it. An existing `path` is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not named by the process: in a container the next one has the same number.
+    # Not named by the process id: in a container the next process has the same id.
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     building = temporary / "new"
     building.mkdir()
@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also wrong encodings, numbers without end
+    except (ValueError, RecursionError) as error:  # also wrong encodings and endless numbers
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
@@ -92,12 +92,12 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_tensors(
     path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes tensors as safetensors, atomically; views and devices are taken care of.
+    """Writes tensors as safetensors, atomically; views and device tensors are copied.
 
     Raises:
-        OSError: it cannot be written (a full disk); the message names the file.
+        OSError: the file cannot be written (a full disk); the message names it.
     """
-    from safetensors.torch import save_file  # brings torch, which `lorasb --help` does without
+    from safetensors.torch import save_file  # imports torch, which `lorasb --help` does not need
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:

@@ -1,4 +1,4 @@
-"""Progress bars: tqdm's where it is installed, silence where it is not."""
+"""Progress bars: tqdm's if it is installed, otherwise none."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""Markdown tables, readable in a terminal as well."""
+"""Markdown tables that are also readable in a terminal."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration with a fitting unit."""
+    """A duration in a suitable unit."""
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
@@ -28,7 +28,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes with a fitting decimal unit."""
+    """Bytes in a suitable decimal unit."""
     for limit, factor, unit in ((1e6, 1e-3, "kB"), (1e9, 1e-6, "MB")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
