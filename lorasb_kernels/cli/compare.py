@@ -7,6 +7,10 @@ initializations and other numbers of samples. Learning rates are chosen on valid
 two more are tried if the best is the first or the last), and the test rows are read once per run.
 Every finished run is kept, so an interrupted comparison resumes. Writes table.json, table.md and
 loss.png.
+
+    lorasb compare --suite methods --output-dir out/compare
+    lorasb compare --config task.yaml --validation val.jsonl --test test.jsonl \
+        --methods lora-sb:16:1e-3,2.5e-3 lora:16:4e-4,1e-3 --output-dir out/compare
 """
 
 import argparse
