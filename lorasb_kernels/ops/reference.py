@@ -27,6 +27,7 @@ from lorasb_kernels.ops.bitplanes import UNPACKED_AT_ONCE, panels, signs_of, unp
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.precision import autocast_disabled
 from lorasb_kernels.ops.token_rows import accumulator_dtype
+from lorasb_kernels.ops.two_call import two_call
 
 # Tokens converted to fp32 at a time; this bounds the size of the copies of 16-bit operands.
 CHUNK = 2048
@@ -49,9 +50,9 @@ def expand(x, weight, p, factor, bias, dropout_p, seed):
 
     The backward pass computes dx = dy W + drop(q A) with it, on Wᵀ and Aᵀ.
     """
-    y = F.linear(x, weight, bias)
     if dropout_p == 0:
-        return y.addmm_(p, factor.T)
+        return two_call(x, weight, p, factor, bias)
+    y = F.linear(x, weight, bias)
     mask = keep_mask(*y.shape, dropout_p, seed)
     return y.add_(torch.where(mask, (p @ factor.T) * (1 / (1 - dropout_p)), 0))
 

@@ -8,6 +8,8 @@ tokens, n inputs, m outputs, rank r, `e` bytes per element of the 16- or 32-bit 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorasb_kernels.ops.two_call import FROZEN_FIRST_FROM
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -97,11 +99,17 @@ def fused(M: int, n: int, m: int, r: int, e: int) -> Launches:
 
 
 def two_call(M: int, n: int, m: int, r: int, e: int) -> Launches:
-    """This library with the expansion added in place by a second GEMM."""
+    """This library with the frozen product and the expansion as two GEMMs, `ops/two_call.py`."""
     return Launches(
-        (shrink(M, n, r, e), matmul(M, n, m, e), _addmm(M, r, m, e)),
-        (core_backward(M, m, r, e), matmul(M, m, n, e), _addmm(M, r, n, e)),
+        (shrink(M, n, r, e), *_two_products(M, n, m, r, e)),
+        (core_backward(M, m, r, e), *_two_products(M, m, n, r, e)),
     )
+
+
+def _two_products(M: int, K: int, N: int, r: int, e: int) -> tuple[Cost, Cost]:
+    if K >= FROZEN_FIRST_FROM:
+        return matmul(M, K, N, e), _addmm(M, r, N, e)
+    return matmul(M, r, N, e), _addmm(M, K, N, e)
 
 
 def published(M: int, n: int, m: int, r: int, e: int) -> Launches:

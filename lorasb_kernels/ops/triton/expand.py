@@ -4,17 +4,16 @@
 
 fused: one GEMM whose contraction is extended over the rank. Reads x, W, p, B, writes y, once each
 as long as L2 holds the tiles of a group; 2·M·N·(K + r) flops into one accumulator.
-two calls: the vendor's GEMM (cuBLAS), then `addmm` with beta = 1 into its output. Reads and writes
-y a second time (4·M·N bytes in 16 bits), but uses the fastest GEMM: a fused GEMM that is 7 % slower
-loses what the fusion saves. With dropout the second call is the kernel below without its frozen
-product, since the mask must be applied between the product and the sum.
+two calls: cuBLAS twice, in the order of `ops/two_call.py`. Writes y once more and reads it once
+(4·M·N bytes in 16 bits), but uses the fastest GEMM: a fused GEMM that is 7 % slower loses what the
+fusion saves. With dropout the first call is the kernel below without its frozen product, since the
+mask must be applied before the sum.
 fused with tensor maps: `expand_descriptor.py`.
 
 `choose_route` says which one runs, with which tile and why.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -24,6 +23,7 @@ from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.expand_route import choose_route
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.triton.tiles import ExpandTile
+from lorasb_kernels.ops.two_call import two_call
 
 BLOCK_R = 32
 
@@ -92,8 +92,6 @@ def expand_kernel(
             acc = tl.dot(x, weight, acc, input_precision=PRECISION)
             x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
             weight_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
-    else:
-        acc += tl.load(y_ptrs, mask=row_mask & column_mask, other=0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -108,12 +106,12 @@ def fused_expand(x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile) 
 
 
 def two_call_expand(x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile) -> torch.Tensor:
-    """`expand` as `linear`, then the expansion added in place; `tile` serves dropout alone."""
-    y = F.linear(x, weight, bias)
+    """`expand` as two products; with dropout the first is the kernel's, in `tile`."""
     if dropout_p == 0:
-        return y.addmm_(p, factor.T)
-    _launch(None, None, p, factor, None, y, dropout_p, seed, tile, frozen_product=False)
-    return y
+        return two_call(x, weight, p, factor, bias)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    _launch(None, None, p, factor, bias, y, dropout_p, seed, tile, frozen_product=False)
+    return y.addmm_(x, weight.T)
 
 
 def _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product):

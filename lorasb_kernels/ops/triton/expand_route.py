@@ -1,6 +1,6 @@
 """Which route `expand` takes on a GPU, with which tile, and why.
 
-    two_call           cuBLAS, then the expansion added in place              `expand.py`
+    two_call           cuBLAS twice, see `ops/two_call.py`                      `expand.py`
     fused              one GEMM whose contraction is extended over the rank   `expand.py`
     fused_descriptor   the same, its tiles moved by TMA; sm_90                `expand_descriptor.py`
 
