@@ -1,4 +1,4 @@
-"""Initializing the adapters: update estimation, truncated SVD, the named methods."""
+"""Initializes adapters: update estimation, truncated SVD, the named methods."""
 
 import importlib
 

@@ -10,8 +10,8 @@ lora         A ~ U(±1/√n), B = 0, no R                                       
 lora-one     −mean ∂L/∂W ≈ U S Vᵀ               B = U·d, A = d·Vᵀ, no R       (arXiv:2502.01235)
              d = √(S/S₁)/√γ ("relative", the published code's) or √γ·√S ("absolute")
 
-LoRA-GA (arXiv:2407.05000) is not among them: it subtracts the adapter's initial product from W,
-so its adapters fit no longer the base model that they are saved for.
+LoRA-GA (arXiv:2407.05000) is not among them: it subtracts the adapter's initial product from W, so
+its adapters no longer fit the base model that they are saved for.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from lorasb_kernels.quantization import dense_weight
 class Adapter:
     """Initial factors of one layer, fp32: `lora_A` [r, n], `lora_R` [r, r], `lora_B` [m, r].
 
-    `lora_R` is None for LoRA. `report` says how the truncated SVD went, None where there was none.
+    `lora_R` is None for LoRA. `report` describes the truncated SVD; None if there was none.
     """
 
     lora_A: torch.Tensor
@@ -48,7 +48,7 @@ class Adapter:
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one layer, whatever the order in which layers are initialized.
+    """A CPU generator for one layer, independent of the order in which layers are initialized.
 
     Seed and name are hashed together because the CPU generator reads 32 bits of its seed.
     """
@@ -99,7 +99,7 @@ def noise(
 def kaiming_svd(
     shape: torch.Size, r: int, scaling: float, generator: torch.Generator, device: torch.device
 ) -> Adapter:
-    """LoRA-SB's factors of a Kaiming-uniform matrix in the place of the update."""
+    """LoRA-SB's factors of a Kaiming-uniform matrix instead of the update."""
     update = kaiming_uniform(tuple(shape), generator).to(device)
     svd = truncated_svd(update, r, generator=generator)
     return Adapter(svd.V.T, torch.diag(svd.S / scaling), svd.U, LayerReport.of(svd))
@@ -123,9 +123,9 @@ def lora_one(
 ) -> Adapter:
     """LoRA-One: the singular subspaces of the negative gradient, the spectrum shared by A and B.
 
-    W stays as it is: the model starts at `W + s·B·A`, which for `"absolute"` is a step of size
-    s·γ along the best rank-r approximation of the negative gradient. Where the gradient is zero,
-    A and B are zero, too, and stay so.
+    W is unchanged: the model starts at `W + s·B·A`, which for `"absolute"` is a step of size s·γ
+    along the best rank-r approximation of the negative gradient. If the gradient is zero, A and B
+    are zero and stay zero.
 
     Args:
         gradient: ∂L/∂W of the mean loss over samples, [m, n].
@@ -175,7 +175,7 @@ def orthogonal(weight: torch.Tensor, r: int, generator: torch.Generator) -> Adap
 def _lora_sb_in_batches(
     updates: Iterable[tuple[str, SignMatrix]], config: LoRASBConfig, eta: float
 ) -> Iterator[tuple[str, Adapter]]:
-    """Decomposes layers of one shape together; the packed signs cost little while they wait."""
+    """Decomposes layers of one shape together; until then their packed signs take little memory."""
     waiting: dict[torch.Size, dict[str, SignMatrix]] = {}
 
     def decompose(shape: torch.Size) -> Iterator[tuple[str, Adapter]]:
@@ -205,7 +205,7 @@ def initialize(
 ) -> Iterator[tuple[str, Adapter]]:
     """Yields the name and the initial adapter of each target, in any order.
 
-    The model comes out as it went in. Arguments as for `lorasb_kernels.adapt`.
+    The model is unchanged afterwards. Arguments as for `lorasb_kernels.adapt`.
     """
     estimation = {"loss_fn": loss_fn, "progress": progress}
     estimation |= {"strategy": strategy, "memory_budget": memory_budget}

@@ -1,9 +1,9 @@
-"""What an initialization will take, told from the model's shapes before it starts.
+"""What an initialization will take, predicted from the model's shapes.
 
-Weights are not read, so a model on the meta device will do. Bytes are counted from shapes;
-seconds are flops over a matrix rate, and an SVD's time scaled by size, both measured here
-in a fraction of a second. Attention's own products and what lies between linear layers are
-left out: a plan, not a measurement.
+Weights are not read, so a model on the meta device is enough. Bytes are counted from shapes;
+seconds are flops divided by a matrix rate, and an SVD's time scaled by size, both measured here in
+a fraction of a second. The products inside attention and everything between linear layers are left
+out: this is a plan, not a measurement.
 """
 
 import time
@@ -47,7 +47,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class StrategyPrediction:
-    """Peak bytes beyond the model, by cause, and seconds, of one strategy."""
+    """Peak bytes beyond the model by cause, and seconds, of one strategy."""
 
     strategy: str
     accumulators: int
@@ -71,7 +71,7 @@ class InitPrediction:
         published_bytes: what the published procedure holds on the host (every gradient
             in bf16) and moves there for each micro-batch.
         svd_seconds: of all truncated SVDs, part of each strategy's seconds.
-        strategies: a prediction each.
+        strategies: one prediction per strategy.
     """
 
     layers: int

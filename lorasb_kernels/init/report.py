@@ -1,4 +1,4 @@
-"""How an initialization went: a table per layer, a JSON file, a plot of the captured energy."""
+"""Report of an initialization: a table, a JSON file, a plot of the captured energy."""
 
 import json
 from collections import defaultdict
@@ -21,12 +21,12 @@ class LayerReport:
     Args:
         shape: m, n.
         r: rank.
-        captured_energy: share of the squared Frobenius norm of what was decomposed (for
-            LoRA-SB the sign matrix) that the rank-r approximation holds.
+        captured_energy: share of the squared Frobenius norm of the decomposed matrix (for LoRA-SB
+            the sign matrix) that the rank-r approximation contains.
         singular_values: the leading ones.
         converged: whether the SVD reached its tolerance.
         zeros: elements of the gradient that are exactly zero; None without a gradient.
-        seconds: of the SVD, its share where layers were decomposed together; None if unknown.
+        seconds: of the SVD; its share if layers were decomposed together; None if unknown.
     """
 
     shape: tuple[int, int]

@@ -1,7 +1,7 @@
 """A matrix of +1, −1 and 0 in two bits per element.
 
-The sign of a gradient is all that LoRA-SB's initialization needs. `SignMatrix` keeps it
-16 times smaller than fp32 with exact zeros, and multiplies without unpacking it whole.
+LoRA-SB's initialization needs only the sign of a gradient. `SignMatrix` stores it 16 times smaller
+than fp32, with exact zeros, and multiplies without unpacking the whole matrix.
 """
 
 import math
@@ -16,7 +16,7 @@ from lorasb_kernels.ops.pack_signs import pack_signs
 from lorasb_kernels.ops.sign_matmul import sign_matmul
 from lorasb_kernels.utils.files import write_tensors
 
-# Whole numbers up to here are exact in bfloat16.
+# Integers up to this one are exact in bfloat16.
 GRAM_DEPTH = 256
 
 
@@ -25,14 +25,14 @@ class SignMatrix:
     """An [m, n] sign matrix held as bit planes; `.T` is a view.
 
     Bit j of word k in row i of a plane, least significant first, is element (i, 32k + j);
-    bits past the last column are 0. An element with both bits set stands for a gradient
+    bits past the last column are 0. An element with both bits set means a gradient
     that was not finite: it counts in `nonfinite()` and multiplies as NaN.
 
     Args:
         positive: int32 [m, ceil(n/32)], bits set where the element is +1.
         negative: int32 [m, ceil(n/32)], bits set where the element is −1.
         columns: n.
-        transposed: this object stands for the [n, m] transpose of what is stored.
+        transposed: this object is the [n, m] transpose of what is stored.
     """
 
     positive: torch.Tensor
@@ -93,10 +93,10 @@ class SignMatrix:
         return self.matmul(dense)
 
     def gram(self) -> torch.Tensor:
-        """S Sᵀ, fp32 [m, m]: whole numbers, exact while below 2²⁴.
+        """S Sᵀ, fp32 [m, m]: integers, exact below 2²⁴.
 
-        Sums 256 columns at a time. Their products are whole numbers up to 256, which
-        bfloat16 holds exactly, so that matrix units may compute them.
+        Sums 256 columns at a time. Their products are integers up to 256, which are exact in
+        bfloat16, so that matrix units can compute them.
         """
         dtype = torch.bfloat16 if _fast_bfloat16(self.device) else torch.float32
         rows, columns = self.shape
@@ -172,7 +172,7 @@ class SignMatrix:
 
 
 def _stored_transposed(matrix: SignMatrix) -> SignMatrix:
-    """The same matrix stored the other way round: planes of the transpose."""
+    """The same matrix, stored as the planes of its transpose."""
     dense = unpack(matrix.positive, matrix.negative, matrix.columns).T
     return SignMatrix(*pack_signs(dense), dense.shape[1], not matrix.transposed)
 

@@ -1,1 +1,1 @@
-"""Estimating the first update from samples: sums of weight gradients, in bounded memory."""
+"""Estimates the first update from samples: sums of weight gradients, in bounded memory."""

@@ -64,26 +64,25 @@ def estimate_gradients(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields each target layer's name and Σ_i ∂ℓ_i/∂W [m, n], fp32, one at a time.
 
-    ℓ_i is the loss of sample i, and every sample weighs the same however the samples are
-    cut into micro-batches; with `torch.distributed`, however they are dealt to the ranks.
-    Dropout is off. No gradient but the targets' is computed. With float16 layers the loss
+    ℓ_i is the loss of sample i, and every sample has the same weight, however the samples are
+    split into micro-batches or, with `torch.distributed`, distributed over the ranks.
+    Dropout is off. Only the gradients of the targets are computed. With float16 layers the loss
     is scaled so that small gradients do not underflow, and the sums are scaled back. Only
     a layer's own call `x ↦ x Wᵀ` counts: a loss that reads W itself (weight decay, tied
-    embeddings) adds nothing. Whenever the caller holds control, the model is as it gave
-    it: modes, `requires_grad`, `.grad`, buffers, configuration, and the random number
-    generators.
+    embeddings) adds nothing. Whenever the caller has control, the model is unchanged:
+    modes, `requires_grad`, `.grad`, buffers, configuration, and the random number generators.
 
     Args:
-        model: the model; under `DistributedDataParallel`, the module inside counts.
+        model: the model; if it is a `DistributedDataParallel`, the module inside is used.
         batches: micro-batches; all are held in a list.
         targets: names of `nn.Linear` layers in `model.named_modules()`.
         strategy: `"resident"` keeps all accumulators, `"layerwise"` those of one block,
             `"grouped"` as many as `memory_budget` allows. `"auto"` takes `resident` if
-            its accumulators fit in the budget, else `layerwise`. Out of memory,
-            `resident` is followed by `layerwise`; blocks that cannot be run alone, by
-            `grouped`; each time a warning says so.
-        memory_budget: bytes for accumulators and, on a GPU, stored block inputs, beyond
-            which these wait in host memory; None for half of what is free on the layers'
+            its accumulators fit in the budget, else `layerwise`. If `resident` runs
+            out of memory, `layerwise` follows; if blocks cannot be run alone, `grouped`
+            follows; a warning says so each time.
+        memory_budget: bytes for accumulators and, on a GPU, stored block inputs; block inputs
+            beyond it are kept in host memory. None for half of what is free on the layers'
             device. `resident` takes what it needs.
         loss_fn: `loss_fn(model, batch)` returns per-sample losses [batch], or their mean
             as a scalar, which then counts as often as the batch has samples: the first
@@ -157,7 +156,7 @@ def _choose(estimation: Estimation, budget: int | None) -> str:
 
 
 def _budget(estimation: Estimation) -> int | None:
-    """The caller's budget, else half the free memory of the poorest rank; None if unknown."""
+    """The caller's budget, else half the least free memory of any rank; None if unknown."""
     largest = max(map(accumulator_bytes, estimation.layers.values()))
     budget = estimation.memory_budget
     if budget is None:

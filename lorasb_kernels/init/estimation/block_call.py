@@ -1,4 +1,4 @@
-"""One call of a block on one micro-batch: recorded now, replayed with gradients later."""
+"""One call of a block on one micro-batch: recorded first, replayed with gradients later."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Si
 
 
 class _Boundary(torch.autograd.Function):
-    """Identity on a block's output; gradients end here and stay with the call."""
+    """Identity on a block's output; gradients stop here and are kept with the call."""
 
     @staticmethod
     def forward(ctx, output, root, call, index):
@@ -28,7 +28,7 @@ class _Boundary(torch.autograd.Function):
 
 
 class BlockCall:
-    """A block's inputs, how they hang together with earlier calls, and its output gradients.
+    """A block's inputs, how they depend on earlier calls, and its output gradients.
 
     Args:
         name: the block's name.
@@ -37,8 +37,8 @@ class BlockCall:
         store: keeps the input tensors.
 
     Raises:
-        FallBack: an input that is neither a tensor nor a plain value, such as a cache, which
-            a second call might see in another state.
+        FallBack: an input that is neither a tensor nor a plain value, such as a cache, whose
+            state may differ in a second call.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class BlockCall:
         leaves, self._structure = pytree.tree_flatten((args, kwargs))
         self._refuse_objects("takes", leaves)
         self._inputs = [store.keep(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-        # Edges name the place in the graph of earlier calls without holding their data.
+        # Edges refer to the graph of earlier calls without keeping their data alive.
         self._edges = [
             get_gradient_edge(x) if isinstance(x, torch.Tensor) and x.requires_grad else None
             for x in leaves
@@ -57,7 +57,7 @@ class BlockCall:
         self._norms: dict[int, torch.Tensor] = {}
 
     def first_run(self, args: tuple, kwargs: dict) -> Any:
-        """The block's outputs, those with gradients cut off from what led to them.
+        """The block's outputs; those with gradients are detached from their history.
 
         The block's graph says which outputs have gradients, and ends with this call.
         """
@@ -81,7 +81,7 @@ class BlockCall:
         self._gradients[index] = gradient if held is None else held + gradient
 
     def prefetch(self) -> None:
-        """Starts to fetch inputs that wait in host memory."""
+        """Starts to copy inputs back from host memory."""
         for kept in self._inputs:
             if not isinstance(kept, _PLAIN):
                 kept.prefetch()

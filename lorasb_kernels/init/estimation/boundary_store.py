@@ -1,7 +1,7 @@
 """Keeps the inputs of blocks between the recording and the replay of `layerwise`.
 
 Tensors stay on their device up to a budget of bytes; beyond it they go to pinned host
-memory, copied out and in on a stream of their own while the device computes.
+memory, copied out and back on a separate stream while the device computes.
 """
 
 import weakref
@@ -10,7 +10,7 @@ import torch
 
 
 class ChangedInPlace(Exception):
-    """A kept tensor was written to."""
+    """A kept tensor was modified in place."""
 
 
 class Kept:
@@ -25,7 +25,7 @@ class Kept:
         """The tensor, detached.
 
         Raises:
-            ChangedInPlace: it is not as it was.
+            ChangedInPlace: it has been modified.
         """
         if self._tensor._version != self._version:
             raise ChangedInPlace
@@ -33,7 +33,7 @@ class Kept:
 
 
 class Offloaded:
-    """A tensor that waits in host memory, pinned for a GPU's copies.
+    """A tensor kept in host memory, pinned for a GPU's copies.
 
     Args:
         tensor: the tensor.
@@ -63,17 +63,17 @@ class Offloaded:
         self.prefetch()
         tensor, self._fetched = self._fetched, None
         current = self._module.current_stream(self._device)
-        current.wait_event(self._arrived)  # not for what was prefetched after it
+        current.wait_event(self._arrived)  # not for copies that were started after it
         _used_on(current, tensor)
         return tensor
 
 
 class BoundaryStore:
-    """Keeps tensors, each once though many blocks take it (masks, position embeddings).
+    """Keeps tensors; one that many blocks take (masks, position embeddings) is kept once.
 
     Args:
-        budget: bytes that may stay on the device; None for no limit. The host's own
-            tensors stay where they are.
+        budget: bytes that may stay on the device; None for no limit. Tensors on
+            the host stay where they are.
     """
 
     def __init__(self, budget: int | None):
@@ -90,7 +90,7 @@ class BoundaryStore:
         return kept
 
     def forget(self) -> None:
-        """Ends the sharing of what was kept so far: its tensors are about to go."""
+        """Stops sharing what was kept so far, because its tensors will be freed."""
         self._known.clear()
 
     def _place(self, tensor: torch.Tensor) -> Kept | Offloaded:
@@ -110,7 +110,7 @@ def _has_memory_of_its_own(device: torch.device) -> bool:
 
 
 def _used_on(stream: torch.cuda.Stream | torch.cpu.Stream, tensor: torch.Tensor) -> None:
-    """Keeps the memory of `tensor` from being given to others before `stream` is through."""
+    """Prevents reuse of the memory of `tensor` before `stream` has finished."""
     if tensor.is_cuda:
         tensor.record_stream(stream)
 

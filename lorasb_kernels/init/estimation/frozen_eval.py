@@ -1,10 +1,10 @@
-"""The state in which gradients are estimated, and its undoing.
+"""The state in which gradients are estimated, and how it is restored afterwards.
 
 Inside: every module in eval mode (no dropout, running statistics not updated), every
 parameter frozen, no key-value cache, no 4-bit weight repacked, gradients enabled, compiled code
-run eagerly (a graph compiled before the layers were tapped would pass the taps by). Outside,
-also after an exception: modes, `requires_grad` flags, buffers, configurations and random number
-generators are as they were. Parameters' `.grad` is never touched.
+run eagerly (a graph compiled before the hooks were added would not call them). Outside, also after
+an exception: modes, `requires_grad` flags, buffers, configurations and random number generators are
+unchanged. Parameters' `.grad` is never changed.
 """
 
 import random
@@ -31,7 +31,7 @@ def estimation_mode(model: nn.Module) -> Iterator[None]:
         _cache_disabled(model),
         repacking_prevented(model),
         _compilation_bypassed(),
-        torch.inference_mode(False),  # enables gradients, too
+        torch.inference_mode(False),  # also enables gradients
     ):
         yield
 
@@ -54,7 +54,7 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Each of `blocks` recomputes its activations in backward.
 
-    Stands in for the checkpointing of a transformers model, which eval mode switches off.
+    Replaces the checkpointing of a transformers model, which eval mode switches off.
     """
     with ExitStack() as stack:
         for block in blocks:
@@ -97,7 +97,7 @@ def _cache_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _compilation_bypassed() -> AbstractContextManager:
-    # Without dynamo loaded nothing is compiled, and loading it takes seconds.
+    # If dynamo is not loaded, nothing is compiled; loading it takes seconds.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -126,7 +126,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Afterwards the generators of Python, numpy and torch are where they were."""
+    """Afterwards the generators of Python, numpy and torch are in the same state as before."""
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002 - the global generator is the point
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

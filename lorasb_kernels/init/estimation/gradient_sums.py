@@ -1,8 +1,8 @@
-"""Summed weight gradients of chosen layers, without weight gradients.
+"""Summed weight gradients of chosen layers, without autograd computing any weight gradient.
 
-A forward hook on each layer lays an identity, `_Tap`, over its output. The tap keeps the
-layer's input x; in backward it sees dy, adds dyᵀx to the layer's accumulator and passes dy
-on. The weights stay frozen, so autograd computes the gradient of no parameter at all.
+A forward hook on each layer applies an identity, `_Tap`, to its output. The tap keeps the layer's
+input x; in backward it receives dy, adds dyᵀx to the layer's accumulator and passes dy on. The
+weights stay frozen, so autograd computes no parameter gradient.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from lorasb_kernels.ops.sign_accumulate import sign_accumulate_
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on `y`; `anchor` requires grad, so that backward comes here in any case."""
+    """Identity on `y`; `anchor` requires grad, so that backward always runs through it."""
 
     @staticmethod
     def forward(ctx, y, x, anchor, add):
@@ -48,7 +48,7 @@ class GradientSums:
         self._anchors: dict[torch.device, torch.Tensor] = {}
 
     def allocate(self, names: Iterable[str]) -> None:
-        """Sets the accumulators of `names` to zero; a layer's first gradient does it, too."""
+        """Sets the accumulators of `names` to zero; a layer's first gradient also does this."""
         for name in names:
             weight = self.layers[name].weight
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ class GradientSums:
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
 
     def pop(self, name: str) -> torch.Tensor:
-        """Hands over the accumulator of `name` and forgets it."""
+        """Returns the accumulator of `name` and drops its own reference to it."""
         if name not in self._sums:
             self.allocate([name])
         return self._sums.pop(name)
@@ -67,7 +67,7 @@ class GradientSums:
 
     @contextmanager
     def attached(self, names: Iterable[str]) -> Iterator[None]:
-        """While open, backward passes add the gradients of `names`."""
+        """Inside this context backward passes add the gradients of `names`."""
         handles = [
             self.layers[name].register_forward_hook(partial(self._lay_tap, name), with_kwargs=True)
             for name in names

@@ -1,7 +1,7 @@
 """Strategy `grouped`: as many layers at a time as the memory budget allows.
 
 For models whose blocks cannot be run alone. Memory: the budget. Work: one forward and one
-backward a micro-batch and group.
+backward per micro-batch and group.
 """
 
 from collections.abc import Iterator

@@ -1,15 +1,15 @@
 """Strategy `layerwise`: the accumulators of one block at a time, from the last to the first.
 
-Each micro-batch runs forward once. Every block leaves its inputs with a `BlockCall` and
-keeps no activations; its outputs become fresh roots, so the backward pass from the loss
-stops at the last block. Then the calls are replayed, last to first and each for all
-micro-batches: forward with gradients, backward from the gradients that later calls left,
-input gradients on to earlier calls. After the replay of a block's first call its sums are
-complete and go to the caller before the next block starts.
+Each micro-batch runs forward once. Every block stores its inputs in a `BlockCall` and keeps no
+activations; its outputs become new roots of the graph, so the backward pass from the loss stops at
+the last block. Then the calls are replayed from the last to the first, each for all micro-batches:
+forward with gradients, backward from the gradients that later calls produced, input gradients
+passed on to earlier calls. After the replay of a block's first call its sums are complete and are
+returned to the caller before the next block starts.
 
 Memory: one block's accumulators and activations, and the inputs of all blocks. Work: one
 forward, and one recomputed forward and backward. Exact: what lies between blocks (an
-encoder's last norm, cross-attention, a classifier) stays in the graph and gets its part.
+encoder's last norm, cross-attention, a classifier) stays in the graph and takes part.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def layerwise(
         estimation: what to estimate.
         names: the layers.
         budget: bytes for a block's accumulators and, on a GPU, block inputs; inputs beyond
-            it wait in host memory. None for no limit.
+            it are kept in host memory. None for no limit.
 
     Raises:
         FallBack: blocks that cannot be run alone, or not within the budget.
@@ -72,7 +72,7 @@ def layerwise(
 
 
 def _boundary_budget(estimation, names, layers_of, budget) -> int | None:
-    """What `budget` leaves for block inputs beside the accumulators held at any one time."""
+    """What `budget` leaves for block inputs, after the accumulators held at one time."""
     if not layers_of:
         raise FallBack("no list of blocks contains the target layers")
     if budget is None:
@@ -93,7 +93,7 @@ def _record(estimation, blocks, index, store) -> list[BlockCall]:
             forward = partial(_recorded_forward, name, block.forward, tape, store)
             stack.enter_context(replaced_forward(block, forward))
         loss = estimation.loss(index)
-    # Graphs between blocks serve again whenever a later block leaves gradients.
+    # Graphs between blocks are used again whenever a later block produces gradients.
     loss.backward(retain_graph=True)
     store.forget()
     return tape

@@ -1,8 +1,9 @@
-"""The loss of a batch as a sum in which every sample weighs the same.
+"""The loss of a batch as a sum in which every sample has the same weight.
 
 The update is the sign of Σ_i ∂ℓ_i/∂W, where ℓ_i is the loss of sample i alone: for token
 losses the mean over its own labelled tokens. A model's own loss is a mean over all tokens
-of a batch instead, so it would weigh a sample by its length and by its company.
+of a batch instead, so a sample's weight would depend on its length and on the other samples in the
+batch.
 """
 
 import inspect
@@ -79,7 +80,7 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """The loss of each sample, [batch], fp32, of a transformers model.
 
     Causal and masked language models, encoder-decoders and token classifiers: mean
-    cross-entropy over the sample's labelled tokens, 0 where it has none. Sequence
+    cross-entropy over the sample's labelled tokens, 0 if it has none. Sequence
     classifiers: what the model's `problem_type` says. A row of a batch is a sample.
 
     Args:
@@ -104,7 +105,7 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     if task == "causal":
         labels = labels[:, 1:]
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            # Logits are computed where some sample has a label, and only there.
+            # Logits are computed only in columns where some sample has a label.
             kept = (labels != IGNORED).any(0).nonzero().flatten()
             inputs["logits_to_keep"], labels = kept, labels[:, kept]
     elif task == "encoder-decoder" and "decoder_input_ids" not in inputs:
@@ -122,7 +123,7 @@ def _task(model: nn.Module) -> str:
         return "sequence"
     if loss_type in TOKEN_LOSSES:
         return "token"
-    # transformers takes the causal loss for generative heads without a loss type.
+    # transformers uses the causal loss for generative heads without a loss type.
     if loss_type in ("ForCausalLM", "ForConditionalGeneration", None):
         return "encoder-decoder" if config.is_encoder_decoder else "causal"
     raise TypeError(

@@ -10,13 +10,13 @@ from torch import nn
 
 
 def accumulator_bytes(layer: nn.Linear) -> int:
-    """Bytes of the gradient accumulator of `layer`: 4 an element, 8 for fp64 weights."""
+    """Bytes of the gradient accumulator of `layer`: 4 per element, 8 for fp64 weights."""
     size = 8 if layer.weight.dtype == torch.float64 else 4
     return size * layer.in_features * layer.out_features
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be allocated on `device`; None where it is not known."""
+    """Bytes that may still be allocated on `device`; None if it is not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -38,9 +38,9 @@ def _host_limits() -> Iterable[int]:
 
 
 def release_free_memory(device: torch.device) -> None:
-    """Hands free pages of the heap back to the system, on the CPU with glibc.
+    """Returns free pages of the heap to the system, on the CPU with glibc.
 
-    It keeps tens of megabytes by itself, and whatever lies between tensors that stay.
+    glibc by itself keeps tens of megabytes, and the free space between live tensors.
     """
     if device.type == "cpu":
         _malloc_trim()(0)

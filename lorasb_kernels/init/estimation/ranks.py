@@ -1,4 +1,4 @@
-"""Data-parallel ranks: they sum their gradients, and fail or fall back together."""
+"""Data-parallel ranks: they sum their gradients, and they fail or fall back together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from lorasb_kernels.init.estimation.memory import is_out_of_memory
 
 
 class FallBack(Exception):
-    """A strategy cannot go on, for the reason that the message gives."""
+    """A strategy cannot continue; the message gives the reason."""
 
 
 def parallel() -> bool:
@@ -32,12 +32,12 @@ def minimum(value: float, device: torch.device) -> float:
 
 @contextmanager
 def in_step(device: torch.device) -> Iterator[None]:
-    """Ends on every rank as on the one that fared worst, so that none waits for another.
+    """On every rank raises the most severe error of any rank, so that none waits for another.
 
     Running out of memory counts as `FallBack`.
 
     Args:
-        device: of the tensors that ranks exchange.
+        device: of the tensors that the ranks exchange.
 
     Raises:
         FallBack: this rank or another fell back, and none failed.

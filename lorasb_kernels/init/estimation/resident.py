@@ -1,7 +1,7 @@
-"""Strategy `resident`: an accumulator per layer, all at once, in ordinary backward passes.
+"""Strategy `resident`: the accumulators of all layers at once, in ordinary backward passes.
 
-Memory: 4·m·n bytes per layer beside what a training step takes. Work: one forward and one
-backward a micro-batch. The fastest where the accumulators fit.
+Memory: 4·m·n bytes per layer in addition to a training step. Work: one forward and one backward per
+micro-batch. The fastest strategy if the accumulators fit.
 """
 
 from collections.abc import Iterator

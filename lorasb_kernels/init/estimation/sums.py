@@ -16,14 +16,14 @@ from lorasb_kernels.init.estimation.losses import summed_loss
 from lorasb_kernels.quantization import weight_dtype
 from lorasb_kernels.utils.progress import progress_bar
 
-# Keeps float16 gradients above the smallest float16, 6e-8; a power of two rounds nothing.
+# Keeps float16 gradients above the smallest float16, 6e-8; a power of two causes no rounding.
 FLOAT16_LOSS_SCALE = 1024.0
 
 
 class Estimation:
     """One estimation of the summed gradients of `layers` over `batches`.
 
-    Between two `step()`s the model is as the caller gave it.
+    Between two calls of `step()` the model is unchanged.
 
     Args:
         model: the model.
@@ -55,7 +55,7 @@ class Estimation:
 
     @contextmanager
     def step(self, names: Iterable[str]) -> Iterator[None]:
-        """The model ready for passes that add up the gradients of `names`, on every rank."""
+        """Prepares the model for passes that sum the gradients of `names`, on every rank."""
         try:
             with (
                 ranks.in_step(self.device),
@@ -81,7 +81,7 @@ class Estimation:
 
         Raises:
             FloatingPointError: it is not finite.
-            ValueError: the layer was only ever run with gradients off.
+            ValueError: the layer was only run with gradients off.
         """
         total = ranks.sum_(self.sums.pop(name))
         if self._loss_scale != 1:
@@ -95,7 +95,7 @@ class Estimation:
         return total
 
     def conclude(self) -> None:
-        """Reports layers whose gradient is zero throughout.
+        """Reports layers whose gradient is zero everywhere.
 
         Raises:
             ValueError: that is every layer.
@@ -127,7 +127,7 @@ class Estimation:
         return "has gradients that are exactly zero (are all labels ignored?)"
 
     def _locate_nonfinite(self, name: str) -> str:
-        """Repeats the passes one by one for the micro-batch that spoilt the sum of `name`."""
+        """Repeats the passes one by one to find the micro-batch that made the sum non-finite."""
         for index in range(len(self.batches)):
             with estimation_mode(self.model), self.sums.attached([name]):
                 self.loss(index).backward()

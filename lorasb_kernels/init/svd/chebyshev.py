@@ -2,21 +2,21 @@
 
 The start is the best block in a Krylov space span(X, A Aᵀ X, (A Aᵀ)² X) of a random X, or X alone
 (Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate singular
-value decomposition", NeurIPS 2015). The signs of gradients, whose spectra fall fast at first,
-are done with it.
+value decomposition", NeurIPS 2015). For the signs of gradients, whose singular values
+first decrease fast, this is enough.
 
-Flat spectra go on with the filtered subspace iteration of Zhou, Saad, Tiago and Chelikowsky,
+Flat spectra continue with the filtered subspace iteration of Zhou, Saad, Tiago and Chelikowsky,
 "Self-consistent-field calculations using Chebyshev-filtered subspace iteration", J. Comput.
 Phys. 219 (2006). Each cycle
 
-    1. bounds the eigenvalues not wanted by a = θ_q, the smallest Ritz value of the block;
-    2. filters: X ← T_d(2 A Aᵀ/a − I) X, which keeps what lies in [0, a] below 1 and lets
-       what lies above grow like cosh(d·arccosh(2θ/a − 1)), d products long;
+    1. bounds the unwanted eigenvalues by a = θ_q, the smallest Ritz value of the block;
+    2. filters: X ← T_d(2 A Aᵀ/a − I) X (d products), which keeps components with eigenvalues
+       in [0, a] below 1 and makes those above grow like cosh(d·arccosh(2θ/a − 1));
     3. orthonormalizes;
     4. projects: θ, X ← Ritz values and vectors of the block (one product, one small eigh).
 
-Plain subspace iteration gains a factor (θ/a) a product; the polynomial gains what Krylov
-methods do with a block of fixed width and one orthonormalization a cycle instead of one a
+Plain subspace iteration gains a factor θ/a per product. The polynomial converges like a Krylov
+method, but with a block of fixed width and one orthonormalization per cycle instead of one per
 product.
 
 Every step works on a stack of matrices of one shape, [b, k, q].
@@ -32,12 +32,12 @@ from lorasb_kernels.init.svd.orthonormal import orthonormalize
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-# Largest degree of the filter, by blocks and cycles gone before: the bound `a` is poor at first,
-# and a high degree with a low bound would spend itself on directions that are not wanted.
+# Largest degree of the filter, by the number of previous blocks and cycles: the bound `a` is poor
+# at first, and a high degree with a low bound would amplify unwanted directions.
 DEGREES = (4, 8, 12, 16)
 
-# How much further than the rest the filter may amplify a direction. Past about 1/√eps the
-# block is too ill-conditioned for Cholesky QR.
+# How much more than the rest the filter may amplify a direction. Above about 1/√eps the block is
+# too ill-conditioned for Cholesky QR.
 GROWTH = 1e4
 
 
@@ -46,8 +46,8 @@ class Subspace:
     """Approximate dominant eigenspace of one matrix.
 
     Args:
-        basis: A Aᵀ times the Ritz vectors [k, r], by falling Ritz value: a step closer than
-            they are.
+        basis: A Aᵀ times the Ritz vectors [k, r], in descending order of Ritz value; one
+            iteration step more accurate than the Ritz vectors.
         gap: estimated shortfall of captured energy, relative to the best r-dimensional
             subspace's.
         cycles: filters applied.
@@ -74,7 +74,7 @@ def dominant_subspace(
         blocks: X, A Aᵀ X, … of the Krylov space, blocks·q ≤ k; 1 for `block` alone.
         r: dimension wanted.
         tol: a matrix is done when its estimated gap is at most this.
-        max_iter: most cycles.
+        max_iter: largest number of cycles.
     """
     found: list[Subspace | None] = [None] * len(products)
     active = list(range(len(products)))
@@ -110,13 +110,13 @@ def _krylov_space(
     """Basis X of the Krylov space of `block`, and W = A Aᵀ X.
 
     X is orthonormal unless the space holds fewer dimensions than columns (A of low rank).
-    Then residuals are large, whatever the Ritz values, and the next cycle mends it.
+    Then residuals are large, whatever the Ritz values, and the next cycle corrects it.
     """
     everything = list(range(len(products)))
     X = block
     W = following = _apply(products, everything, block)
     for _ in range(blocks - 1):
-        for _ in range(2):  # the second pass removes what rounding left of the first
+        for _ in range(2):  # the second pass removes the rounding errors of the first
             following = following - X @ (X.mT @ following)
         following = orthonormalize(following)
         X = torch.cat([X, following], dim=-1)
@@ -126,7 +126,7 @@ def _krylov_space(
 
 
 def _rayleigh_ritz(X: torch.Tensor, W: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
-    """The `width` largest Ritz values [b, q], falling, Ritz vectors and their products.
+    """The `width` largest Ritz values [b, q] in descending order, Ritz vectors and products.
 
     Args:
         X: orthonormal basis [b, k, ≥ q].
@@ -141,10 +141,10 @@ def _rayleigh_ritz(X: torch.Tensor, W: torch.Tensor, width: int) -> tuple[torch.
 def _energy_gap(theta: torch.Tensor, residual: torch.Tensor, r: int) -> torch.Tensor:
     """Estimated relative shortfall of the energy in A Aᵀ X for the r leading X, [b].
 
-    Kato–Temple: an eigenvalue is within ρ²/δ of its Ritz value, ρ the residual and δ the
-    distance to the rest of the spectrum, here to θ_q, the end of the block; never beyond ρ.
-    What a Ritz vector holds of the rest, eigenvalues up to λ ≤ θ_q + ρ_q, A Aᵀ shrinks by λ/θ
-    beside it, and its square counts.
+    Kato–Temple: an eigenvalue is within ρ²/δ of its Ritz value, and at most ρ, where ρ is the
+    residual and δ the distance to the rest of the spectrum, here to θ_q, the end of the block.
+    The part of a Ritz vector in the rest of the spectrum (eigenvalues λ ≤ θ_q + ρ_q) is reduced by
+    A Aᵀ by a factor λ/θ, and enters the energy squared.
     """
     distance = (theta - theta[:, -1:]).clamp_min(_tiny(theta))
     shortfall = torch.minimum(residual, residual**2 / distance)
@@ -158,7 +158,7 @@ def _tiny(tensor: torch.Tensor) -> float:
 
 
 def _locked(theta: torch.Tensor, residual: torch.Tensor, r: int, tol: float) -> int:
-    """How many leading Ritz vectors, in every matrix, are good enough to leave alone.
+    """How many leading Ritz vectors, in every matrix, are accurate enough to be locked.
 
     Their share of the gap stays below tol/16.
     """
@@ -173,7 +173,7 @@ def _bound(theta: torch.Tensor) -> torch.Tensor:
 def _degree(
     theta: torch.Tensor, gap: torch.Tensor, locked: int, r: int, tol: float, stage: int
 ) -> int:
-    """The degree that reaches `tol`, within what amplification and the stage allow."""
+    """The degree that reaches `tol`, limited by the amplification and the stage."""
     bound = _bound(theta)
     largest = (2 * theta[:, locked] / bound - 1).max().item()
     smallest = (2 * theta[:, r - 1] / bound - 1).min().item()
@@ -193,11 +193,11 @@ def _filter(
     locked: int,
     degree: int,
 ) -> torch.Tensor:
-    """Filters the block but its first `locked` Ritz vectors, given W = A Aᵀ X.
+    """Filters all of the block except its first `locked` Ritz vectors, given W = A Aᵀ X.
 
-    The locked ones are moved to eigenvalue 0 by subtracting their part of each product:
-    amplified, they would drown the others. The recurrence is scaled to 1 at the largest
-    eigenvalue left, so that nothing overflows.
+    The locked ones are moved to eigenvalue 0 by subtracting their part of each product; otherwise
+    they would dominate the others. The recurrence is scaled to 1 at the largest remaining
+    eigenvalue, so that nothing overflows.
     """
     bound, top = (t[:, None, None] for t in (_bound(theta), theta[:, locked]))
     center = bound / 2

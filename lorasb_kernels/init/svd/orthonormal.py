@@ -1,11 +1,11 @@
 """Orthonormal bases of tall blocks.
 
-On the CPU by Householder QR. On a GPU, where that is many small steps, by CholeskyQR2
+On the CPU by Householder QR. On a GPU, where that would be many small steps, by CholeskyQR2
 (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 44, 2015): with XᵀX = RᵀR, X R⁻¹ is
-orthonormal up to the square of the condition of X; a second pass brings it to rounding. All
-of it is matrix products, as long as the condition stays below about 1/√eps. Columns are
-scaled to unit norm first, so that only their directions matter. Where that is not enough, a
-factorization fails, and Householder QR takes over.
+orthonormal up to the square of the condition number of X; after a second pass it is orthonormal up
+to rounding. All of this is matrix products, as long as the condition number is below about 1/√eps.
+Columns are first scaled to unit norm, so that only their directions matter. If a factorization
+still fails, Householder QR is used.
 """
 
 import torch

@@ -1,15 +1,15 @@
 """Truncated SVD of dense and packed sign matrices, to a stated accuracy.
 
 Works on the shorter side, k = min(m, n): finds the eigenspace of the r largest eigenvalues
-of A Aᵀ (`chebyshev.py`, or a whole eigendecomposition where r is not small beside k), then
-projects once more onto it,
+of A Aᵀ (`chebyshev.py`, or a full eigendecomposition if r is not small compared with k), then
+projects onto it,
 
     Y = Aᵀ X = Q R,   R = P Σ Wᵀ,   A ≈ (X W) Σ (Q P)ᵀ
 
 so that singular values come from A itself and not from its square.
 
 Judge the result by captured energy Σσ²: a sign matrix has a nearly flat spectrum, in which
-single singular vectors are ill-determined and do not matter.
+individual singular vectors are ill-conditioned and do not matter.
 """
 
 import math
@@ -28,7 +28,7 @@ Matrix = torch.Tensor | SignMatrix
 
 @dataclass(frozen=True)
 class Tactics:
-    """How the work is arranged on a kind of device; the results agree to rounding.
+    """How the work is organized on a kind of device; the results agree up to rounding.
 
     Args:
         batch: matrices iterated together.
@@ -41,11 +41,11 @@ class Tactics:
     blocks: int
 
 
-# One matrix at a time stays in cache; dense products cost less than unpacking in each.
+# One matrix at a time stays in cache; unpacking once costs less than unpacking in each product.
 CPU = Tactics(batch=1, unpack=True, blocks=3)
 
-# Factorizations are bound by launches, and large ones slow: many matrices at a time, and no
-# more columns than the block has. Packed planes multiply as fast as they are read.
+# Factorizations are launch bound, and large ones are slow: many matrices at a time, and no more
+# columns than the block has. Products with packed planes are as fast as reading the planes.
 GPU = Tactics(batch=32, unpack=False, blocks=1)
 
 # Blocks of the iteration's width that are multiplied before it ends: 3 and a few more on the
@@ -55,11 +55,11 @@ EXPECTED_PRODUCTS = 6
 
 @dataclass(frozen=True)
 class SVDReport:
-    """How a truncated SVD came about and how far it can be trusted.
+    """How a truncated SVD was computed and how accurate it is.
 
     Args:
-        method: `"chebyshev"` for `dominant_subspace`, or `"eigh"` for a whole eigendecomposition.
-        iterations: filter cycles; 0 where the Krylov space was enough, and for `"eigh"`.
+        method: `"chebyshev"` for `dominant_subspace`, or `"eigh"` for a full eigendecomposition.
+        iterations: filter cycles; 0 if the Krylov space was enough, and for `"eigh"`.
         converged: whether `gap` reached `tol`.
         captured_energy: Σσ² / ‖A‖²_F, in [0, 1]; 1 for a zero matrix.
         gap: estimated relative shortfall of Σσ² from that of the best rank-r approximation.
@@ -80,7 +80,7 @@ class TruncatedSVD:
 
     Args:
         U: [m, r], orthonormal columns; the entry of largest magnitude in each is positive.
-        S: [r], falling, ≥ 0, exactly 0 beyond the numerical rank.
+        S: [r], in descending order, ≥ 0, exactly 0 beyond the numerical rank.
         V: [n, r], orthonormal columns.
         report: `SVDReport`.
     """
@@ -123,7 +123,8 @@ def truncated_svd_batch(
         r: rank, 1 ≤ r ≤ min(m, n).
         tol: estimated shortfall of captured energy Σσ², relative to the best rank-r
             approximation's, at which to stop.
-        max_iter: most filter cycles; reaching it warns and returns what was found.
+        max_iter: largest number of filter cycles; if it is reached, a warning is given and the
+            result so far is returned.
         oversample: columns iterated beyond r; None for max(16, r/2).
         generator: of the random starting block; None for a fixed one. The global random
             state is neither read nor written.
@@ -206,7 +207,7 @@ def _decompose(
 
 
 def _eigh_is_faster(k: int, width: int) -> bool:
-    """Measured on the CPU: filtering wins once the side is long beside the block."""
+    """Measured on the CPU: filtering is faster once the side is long compared with the block."""
     return k <= 4 * width
 
 
@@ -216,9 +217,9 @@ def _whole_eigenspace(gram: torch.Tensor, r: int) -> Subspace:
 
 
 def _gram_product(A: Matrix, width: int) -> Product:
-    """X → A Aᵀ X, by way of the k×k Gram matrix where that is less work.
+    """X → A Aᵀ X, through the k×k Gram matrix if that is less work.
 
-    On the CPU only: a GPU multiplies by the packed planes at the speed of reading them.
+    On the CPU only: a GPU multiplies by the packed planes as fast as it reads them.
     """
     k, n = A.shape
     if A.device.type == "cpu" and k <= EXPECTED_PRODUCTS * width * (2 - k / n):
@@ -237,14 +238,14 @@ def _working_dtype(matrix: Matrix) -> torch.dtype:
 
 
 def _scale(matrix: Matrix) -> float:
-    """Largest magnitude: what keeps squares of the elements in range."""
+    """Largest magnitude; dividing by it keeps the squares of the elements in range."""
     if isinstance(matrix, SignMatrix):
         return 1.0
     return matrix.detach().abs().amax().item() or 1.0
 
 
 def _working(matrix: Matrix, scale: float, unpack: bool) -> Matrix:
-    """What is multiplied: the matrix over its scale; packed signs unless `unpack`."""
+    """The operand of the products: the matrix over its scale; packed signs unless `unpack`."""
     if isinstance(matrix, SignMatrix):
         return matrix.to_dense() if unpack else matrix
     return matrix.detach().to(_working_dtype(matrix)) / scale
@@ -257,7 +258,7 @@ def _leading_sign(U: torch.Tensor) -> torch.Tensor:
 
 
 def _rank_threshold(S: torch.Tensor, longest: int) -> torch.Tensor:
-    """Below this a singular value is rounding of the products, [b, 1]."""
+    """Singular values below this are rounding errors of the products, [b, 1]."""
     return S[:, :1] * (torch.finfo(S.dtype).eps * math.sqrt(longest))
 
 
