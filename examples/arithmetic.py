@@ -2,8 +2,8 @@
 
 The problems come from the package `reasoning-gym` (`gsm_symbolic`: 85 templates in GSM8K's
 format, worked answers that end in `#### N`). Whole templates are held out, so that the test
-asks for arithmetic the model has not seen worked, not only for other numbers. An answer is
-right when its final number is exactly the expected one.
+asks for kinds of problems that are not in the training set, not only for other numbers. An answer
+is right if its final number is exactly the expected one.
 
     python examples/arithmetic.py            # for one GPU: 12 800 problems, 400 steps of 32
     python examples/arithmetic.py --tiny     # a few minutes on two CPU cores, to see it run
@@ -48,7 +48,7 @@ def problems(train: int, test: int, seed: int) -> tuple[list[Example], list[Exam
 def main() -> None:
     """Trains and prints exact-answer accuracy before and after, and one worked answer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a CPU setting of a few minutes")
+    parser.add_argument("--tiny", action="store_true", help="settings for a few minutes on a CPU")
     parser.add_argument("--r", type=int, default=32, help="rank (default 32)")
     parser.add_argument("--learning-rate", type=float, help="default: the preset's, 1e-4")
     parser.add_argument("--output-dir", default="out/arithmetic", help="default out/arithmetic")

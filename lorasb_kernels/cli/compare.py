@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, default=3, help="over headlines; default 3")
     parser.add_argument("--config", help="settings of `lorasb train`, for a task of your own")
     parser.add_argument("--validation", help="with --config: rows that choose the learning rate")
-    parser.add_argument("--test", help="with --config: rows of the final judgement")
+    parser.add_argument("--test", help="with --config: rows of the final evaluation")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -82,13 +82,13 @@ def own_task(options: argparse.Namespace):
     train, validation, test = (
         read(config, path) for path in (config.data, options.validation, options.test)
     )
-    # The settings as given: defaults that follow from the method are each contender's own.
+    # The settings as given: defaults that depend on the method are filled in per contender.
     title = Path(config.data).stem
     return Task(title, settings, train, validation, test, config.evaluation)
 
 
 def contender(text: str):
-    """The contender that `METHOD:R:RATE[,RATE…]` means.
+    """The contender that `METHOD:R:RATE[,RATE…]` describes.
 
     Raises:
         ConfigError: text of another form.

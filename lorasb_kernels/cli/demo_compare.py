@@ -1,7 +1,7 @@
 """Compare LoRA-SB, LoRA-XS, LoRA and full fine-tuning of MiniLM on sarcastic headlines.
 
-Learning rates are chosen on a validation split, three seeds run with the best, the test split
-is read once a run. Every finished run is kept; started again, the comparison goes on.
+Learning rates are chosen on a validation split, three seeds run with the best, and the test split
+is read once per run. Every finished run is kept, so an interrupted comparison resumes.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 r"""Show what an adapter costs: layers, shapes, ranks, trainable and frozen counts, bytes.
 
-With --adapter, of a saved adapter; otherwise of the one that the flags describe. With --seq, the
-multiply-accumulates (MACs) and FLOPs of a forward pass over one sequence too. Only the model's
-configuration is read, no weights.
+With --adapter it describes a saved adapter, otherwise the one given by the flags. With --seq it
+also counts the multiply-accumulates (MACs) and FLOPs of a forward pass over one sequence. Only the
+model's configuration is read, no weights.
 
     lorasb describe <folder or hub id> --r 96
     lorasb describe roberta-large --task classification --init lora --r 8 --seq 256 \

@@ -1,9 +1,9 @@
 r"""Initialize the adapters of a run, or predict what that takes, without training.
 
-Takes the settings of `lorasb train`. The adapter goes to output_dir/adapter, from where
-`lorasb train` with the same settings starts; beside it a table per layer (init.json) and a
-plot of the captured energy (init.png). With --dry-run only the model's configuration, its
-tokenizer and the data are read, no weights.
+Takes the settings of `lorasb train`. The adapter is written to output_dir/adapter, from
+which `lorasb train` with the same settings starts; a table of the layers (init.json) and a plot of
+the captured energy (init.png) are written to output_dir. With --dry-run only the model's
+configuration, its tokenizer and the data are read, no weights.
 
     lorasb init --preset arithmetic --model <folder or hub id> --data train.jsonl \
         --output-dir out/run --dry-run

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from lorasb_kernels.train.errors import InputError
 
 COMMANDS = {
-    "train": "fine-tune a model with LoRA-SB and its kin, peft's adapters or in full",
+    "train": "fine-tune a model with LoRA-SB, LoRA variants, peft's adapters or in full",
     "init": "initialize the adapters of a run, or predict what that takes",
     "demo": "fine-tune SmolLM2-135M on headlines, in minutes on a CPU",
-    "compare": "train several methods on one task and table what they came to",
+    "compare": "train several methods on one task and tabulate the results",
     "demo-compare": "compare methods on a small encoder, over seeds and learning rates",
     "describe": "show what an adapter costs, before or after training",
     "explain": "show which backend, route and tiles a layer would run with",
     "tune": "measure the routes of the frozen product on this GPU and save them",
     "profile": "show what adapted layers cost on this GPU, or predict it for another",
     "merge": "merge an adapter into its base model and save a plain model",
-    "version": "show the versions of the library and of what it runs on",
+    "version": "show the versions of the library and of its dependencies",
 }
 
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or hub id of the base model")
     parser.add_argument("--adapter", required=True, help="folder or hub id of the adapter")
     parser.add_argument("--out", required=True, help="new folder for the merged model")
-    parser.add_argument("--num-labels", type=int, help="the model is a classifier of so many")
+    parser.add_argument("--num-labels", type=int, help="number of labels, for a classifier")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Show what the adapted layers of a model cost: time, share of the roofline, memory.
 
-Measures on the GPU at hand and writes a Chrome trace. With --gpu it predicts, for a GPU that is
-not at hand, the least that the layers can take; a prediction is marked as one.
+Measures on this machine's GPU and writes a Chrome trace. With --gpu it predicts a lower bound for
+another GPU instead; a prediction is marked as one.
 
     lorasb profile --model mistral-7b --rank 96 --tokens 8192
     lorasb profile --model <folder or hub id> --rank 96 --tokens 8192 --gpu a6000

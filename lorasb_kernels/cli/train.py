@@ -2,7 +2,7 @@ r"""Fine-tune a model.
 
 Settings come from a preset, then a YAML or JSON file, then flags, later ones first. With
 several methods each trains in its own folder under output_dir, and one plot compares them.
-A run that was interrupted goes on from its newest checkpoint when it is started again.
+An interrupted run resumes from its newest checkpoint when it is started again.
 
     lorasb train --preset arithmetic --model <folder or hub id> --data train.jsonl \
         --eval-data test.jsonl --output-dir out/run
@@ -20,7 +20,7 @@ MANY = {"method", "target_modules", "report_to"}  # flags that take several valu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag a setting, and the file and preset they override."""
+    """One flag per setting, and the file and preset that they override."""
     parser.add_argument("--config", help="YAML or JSON file of settings")
     parser.add_argument("--preset", choices=preset_names(), help="the papers' hyperparameters")
     for name, field in fields().items():

@@ -1,9 +1,8 @@
 """Measure on this GPU which route the frozen product takes, and save it.
 
-Times the vendor's GEMM with an in-place expansion, the fused kernel and, on Hopper, the fused
-kernel by tensor maps, for the forward product and the input gradient of each layer shape, and
-writes what it finds to a JSON file. Set LORASB_TUNING to that file to take the fastest. Needs a
-CUDA device.
+For the forward product and the input gradient of each layer shape it times cuBLAS with an in-place
+expansion, the fused kernel and, on Hopper, the fused kernel with tensor maps, and writes the times
+to a JSON file. Set LORASB_TUNING to that file to use the fastest route. Needs a CUDA device.
 
     lorasb tune tuning.json --layer 4096 4096 --layer 14336 4096 --r 96 --tokens 8192 2048
 """

@@ -1,4 +1,4 @@
-"""Show the versions of the library and of what it runs on, and how the CUDA extension was built."""
+"""Show the versions of the library and its dependencies, and how the CUDA extension was built."""
 
 import argparse
 import importlib.metadata
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints one line a package, then the build of the CUDA extension or why there is none."""
+    """Prints one line per package, then the build of the CUDA extension or why there is none."""
     print(f"lorasb_kernels {lorasb_kernels.__version__}")
     print(f"python {platform.python_version()}")
     for package in ("torch", "triton", "transformers", "accelerate", "peft"):

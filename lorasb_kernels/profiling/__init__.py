@@ -1,1 +1,1 @@
-"""What an adapted layer costs: counted, predicted, measured, recorded and shown."""
+"""What an adapted layer costs: counts, predictions, measurements, records of results."""

@@ -1,7 +1,7 @@
-"""Bytes and flops of the operations, and the launches that ways to compute a layer consist of.
+"""Bytes and flops of the operations, and of the launches that compute a layer in several ways.
 
-Every operand is counted once as read and every result once as written, as if no cache held
-anything between launches: the least that device memory moves. Notation of the operators: M
+Every operand is counted as read once and every result as written once, as if no cache kept
+anything between launches: the least memory traffic possible. Notation of the operators: M
 tokens, n inputs, m outputs, rank r, `e` bytes per element of the 16- or 32-bit operands.
 """
 
@@ -86,12 +86,12 @@ class Launches:
 
 
 def frozen(M: int, n: int, m: int, r: int, e: int) -> Launches:
-    """The frozen layer with its input gradient: the bound. `r` plays no part."""
+    """The frozen layer with its input gradient, the lower bound; `r` is ignored."""
     return Launches((matmul(M, n, m, e),), (matmul(M, m, n, e),))
 
 
 def fused(M: int, n: int, m: int, r: int, e: int) -> Launches:
-    """This library with the contraction run on over the rank: four launches in all."""
+    """This library with the contraction extended over the rank: four launches."""
     return Launches(
         (shrink(M, n, r, e), expand(M, n, m, r, e)),
         (core_backward(M, m, r, e), expand(M, m, n, r, e)),

@@ -1,4 +1,4 @@
-"""Known GPUs: what their datasheets promise, for predictions where nothing was measured.
+"""Known GPUs and the numbers in their datasheets, for predictions.
 
 Rates are dense (without structured sparsity), 16-bit products with fp32 accumulation, at boost
 clock; bandwidth is that of device memory. Real devices reach less of both.
@@ -13,7 +13,7 @@ class Gpu:
 
     Args:
         key: short name, as `--gpu` takes it.
-        device_name: what the driver calls it, or the start of that.
+        device_name: the name that the driver reports, or its beginning.
         arch: `"sm_86"` and so on.
         multiprocessors: number of SMs.
         memory_gb: device memory, 10⁹ bytes.
@@ -34,7 +34,7 @@ class Gpu:
     source: str
 
     def rate(self, dtype: str) -> float:
-        """Flops a second of a matrix product with operands of `dtype` (`"bfloat16"`, …)."""
+        """Flops per second of a matrix product with operands of `dtype` (`"bfloat16"`, …)."""
         return self.fp32_rate if dtype == "float32" else self.tensor_rate
 
 

@@ -1,4 +1,4 @@
-"""What the adapted layers of a model take on the device at hand."""
+"""Measures the adapted layers of a model on this machine."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""The most memory a piece of work held: of the GPU, else of the process (Linux)."""
+"""The peak memory of a piece of work: on the GPU, or of the process (Linux)."""
 
 import contextlib
 import ctypes
@@ -10,15 +10,15 @@ import torch
 
 
 class PeakMemory:
-    """`bytes`, once the block of `peak_memory` has ended; None where it cannot be known."""
+    """`bytes`, set when the block of `peak_memory` ends; None if it is unknown."""
 
     bytes: int | None = None
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
-    """Measures the block: with a GPU, the most that torch allocated on it; else the most that
-    the process held resident beyond what it held before."""
+    """Measures the block: with a GPU, the peak that torch allocated on it; otherwise the peak
+    resident memory of the process beyond what it held before."""
     peak = PeakMemory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -39,8 +39,8 @@ def peak_since_reset() -> int:
 
 
 def reset_peak() -> int | None:
-    """Starts a new peak at the present resident set, which it returns, in bytes; None where the
-    system has no such thing."""
+    """Resets the peak to the current resident set and returns that, in bytes; None if the system
+    does not support this."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,7 +1,7 @@
-"""What the roofline predicts for a model on a GPU that is not at hand.
+"""What the roofline predicts for a model on a GPU, without having that GPU.
 
-A floor, not a forecast: datasheet bandwidth and rate, no launch overhead, every byte moved
-once. Real devices take longer, frozen layers too; ratios are nearer the truth than times.
+A lower bound, not a forecast: datasheet bandwidth and rate, no launch overhead, every byte moved
+once. Real devices take longer, also for frozen layers; ratios are more accurate than times.
 """
 
 from collections import Counter
@@ -67,10 +67,10 @@ def predict(kinds: Sequence[Kind], M: int, r: int, dtype: torch.dtype, gpu: Gpu)
         M: tokens.
         r: rank.
         dtype: of weights and activations.
-        gpu: for which GPU.
+        gpu: the GPU to predict for.
 
     Raises:
-        ValueError: r above what a layer can take.
+        ValueError: r is larger than a layer allows.
     """
     for kind in kinds:
         limit = min(kind.layer.n, kind.layer.m)
@@ -108,7 +108,7 @@ def _cells(times: dict[str, float]) -> list[str]:
 
 
 def memory_table(kinds: Sequence[Kind], M: int, r: int, dtype: torch.dtype) -> str:
-    """What the adapted layers hold: exact sizes, on any device."""
+    """The memory of the adapted layers: exact sizes, on any device."""
     e = dtype.itemsize
     count = sum(kind.count for kind in kinds)
     weights = sum(kind.count * kind.layer.n * kind.layer.m * e for kind in kinds)
@@ -123,7 +123,7 @@ def memory_table(kinds: Sequence[Kind], M: int, r: int, dtype: torch.dtype) -> s
 
 
 def prediction_errors(results: Sequence[Results]) -> str:
-    """How far the prediction is off on every known GPU that has measurements."""
+    """The error of the prediction on every known GPU that has measurements."""
     rows = []
     for found in results:
         try:

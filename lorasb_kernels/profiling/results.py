@@ -4,8 +4,8 @@ A file holds the results of one commit on one device on one day, `<gpu>/<date>-<
 
     {"format": 1, "environment": {…}, "columns": […], "rows": [[…], …]}
 
-A row is one number. `quantity` says what it is (`"time"`, `"bandwidth"`, …), `unit` in what,
-`quantile` which one of repeated measurements (`"p50"`), empty where there is only one.
+A row is one number. `quantity` says what it is (`"time"`, `"bandwidth"`, …), `unit` its unit,
+`quantile` which quantile of repeated measurements (`"p50"`); empty if there is only one.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Environment:
         gpu: the driver's name of the device, or `"cpu: <model>"`.
         driver: version of the driver; empty on a CPU.
         torch: version.
-        triton: version; empty where it is not installed.
-        commit: short hash, with `+` where the working tree differs from it; `"unknown"`.
+        triton: version; empty if it is not installed.
+        commit: short hash, followed by `+` if the working tree differs from it; or `"unknown"`.
         date: UTC, ISO 8601 to the minute.
     """
 
@@ -47,7 +47,7 @@ class Environment:
 
     @property
     def file(self) -> str:
-        """`<gpu>/<date>-<commit>.json`, the place of the results in the database."""
+        """`<gpu>/<date>-<commit>.json`, the path of the results in the database."""
         return f"{self.folder}/{self.date[:10]}-{self.commit.replace('+', '-changed')}.json"
 
 
@@ -58,8 +58,8 @@ class Row:
     Args:
         op: what was computed, `"linear.both"`, `"kernel.shrink"`, `"train.step"`.
         shape: on what, `"mistral-7b/q_proj 4096x4096"`.
-        tokens: M; 0 where it means nothing.
-        r: rank; 0 where it means nothing.
+        tokens: M; 0 if it does not apply.
+        r: rank; 0 if it does not apply.
         dtype: `"bfloat16"` and so on.
         contender: who computed it.
         quantity: `"time"`, `"bandwidth"`, `"rate"`, `"roofline_share"`, `"peak_memory"`,
@@ -82,12 +82,12 @@ class Row:
 
     @property
     def case(self) -> tuple:
-        """What was measured, without by whom."""
+        """What was measured, without the contender."""
         return self.op, self.shape, self.tokens, self.r, self.dtype
 
     @property
     def key(self) -> tuple:
-        """Everything but the number and its unit."""
+        """Everything except the number and its unit."""
         return *self.case, self.contender, self.quantity, self.quantile
 
 
@@ -123,7 +123,7 @@ class Results:
 def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> Path:
     """Adds rows to the file of `environment` in the database `folder`, atomically.
 
-    A row that is there already (same key) is replaced, so parts of a run can be repeated.
+    An existing row with the same key is replaced, so parts of a run can be repeated.
 
     Returns:
         The file.

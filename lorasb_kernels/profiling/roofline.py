@@ -1,4 +1,4 @@
-"""The roofline: how fast a device could run an operation at the very best.
+"""The roofline: the least time in which a device could run an operation.
 
 A launch takes at least the longer of its bytes over the memory bandwidth and its flops over the
 matrix rate (Williams, Waterman, Patterson 2009); launches one after another take the sum.
@@ -19,7 +19,7 @@ class Ceilings:
     """Limits of a device.
 
     Args:
-        bandwidth: bytes per second, read and written ones counted.
+        bandwidth: bytes per second, counting bytes read and bytes written.
         rate: flops per second of a matrix product in the dtype in question.
         source: `"measured"`, or the datasheet they are from.
     """
@@ -39,7 +39,7 @@ class Ceilings:
 
 
 def datasheet_ceilings(gpu: Gpu, dtype: str) -> Ceilings:
-    """The ceilings that the datasheet of `gpu` promises."""
+    """The ceilings from the datasheet of `gpu`."""
     return Ceilings(gpu.bandwidth, gpu.rate(dtype), f"datasheet: {gpu.source}")
 
 
@@ -49,7 +49,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = F
     Args:
         device: where.
         dtype: of the product's operands.
-        tiny: small operands, for a trial of the path and not of the device.
+        tiny: small operands, to test the code and not the device.
     """
     elements, side = (1 << 18, 128) if tiny else (1 << 28, 8192)
     if device.type == "cpu" and not tiny:

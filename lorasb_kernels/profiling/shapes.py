@@ -14,7 +14,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model as its linear layers see it.
+    """A model, reduced to its linear layers.
 
     Args:
         key: name on the command line.
@@ -67,6 +67,6 @@ PRESETS = {
         Preset("roberta-large", encoder(1024, 4096), 24, bias=True),
     )
 }
-TINY = Preset("tiny", gated(48, 80, 48, 16), 2)  # to try a path out, on any machine
+TINY = Preset("tiny", gated(48, 80, 48, 16), 2)  # to test the code on any machine
 
 __all__ = ["PRESETS", "TINY", "Layer", "Preset"]

@@ -1,10 +1,10 @@
-"""Timing, one way for everything: medians of interleaved bursts over rotated operands.
+"""Timing, the same for everything: medians of interleaved bursts over rotated operands.
 
-A burst is several calls back to back, so that a GPU sees the queue it sees in training: the
-launches of one call overlap the work of the one before, and where launches are the limit, that
-shows. CUDA events time it on a GPU, the wall clock on a CPU. Contenders take turns burst by
-burst, so a clock that drifts hits them all. Each call takes an index by which it rotates
-through copies of its operands that together exceed the L2 cache.
+A burst is several calls in a row, so that a GPU's queue is as full as in training: the launches of
+one call overlap the work of the previous one, and if launches are the limit, that is visible. CUDA
+events time it on a GPU, the wall clock on a CPU. Contenders take turns burst by burst, so a
+drifting clock affects all of them. Each call takes an index by which it rotates through copies of
+its operands that together exceed the L2 cache.
 """
 
 import statistics
@@ -32,10 +32,10 @@ def interleave(
         calls: `call(i)` by name; `i` counts up, for rotating operands.
         device: where they run.
         rounds: bursts of each call.
-        burst_seconds: least length of a burst, as far as a first try tells.
+        burst_seconds: least length of a burst, as estimated from a first call.
 
     Returns:
-        Seconds a call, one number a burst, by name.
+        Seconds per call by name, one number per burst.
     """
     lengths = {}
     for name, call in calls.items():
@@ -58,7 +58,7 @@ def interleave(
 
 
 def _burst(call: Call, start: int, length: int, device: torch.device) -> Callable[[], float]:
-    """Runs a burst; returns a function that waits for it and tells the seconds a call."""
+    """Runs a burst; returns a function that waits for it and returns seconds per call."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for i in range(start, start + length):
@@ -90,7 +90,7 @@ def copies_past_cache(bytes_of_one: int, device: torch.device) -> int:
 def captured(call: Call, copies: int, device: torch.device) -> Call:
     """`call` as CUDA graphs, one for each copy of the operands, replayed in turn.
 
-    The results of a replay live in memory that the next one overwrites.
+    The results of a replay are in memory that the next replay overwrites.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -109,7 +109,7 @@ def captured(call: Call, copies: int, device: torch.device) -> Call:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Most device memory that one call holds beyond what was held before; None on a CPU."""
+    """Peak device memory of one call beyond what was allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

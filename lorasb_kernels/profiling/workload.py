@@ -1,4 +1,4 @@
-"""Operands and passes of adapted layers, for timing them one way against another.
+"""Operands and passes of adapted layers, for timing several ways to compute them.
 
 A workload is one layer, or the layers of a block grouped by the input they read; each group
 has its own input and each layer its own output gradient. A `Run` is one way to compute it.
@@ -53,7 +53,7 @@ def adapted_layers(
 
     Args:
         group: layers that read one input.
-        backend: as the layers take it.
+        backend: as for the layers.
         shared: compute them together.
         kind: `LoRASBLinear`, or `LoRALinear`, which has no core and trains A and B.
     """
@@ -96,7 +96,7 @@ class Workload:
         M: tokens.
         r: rank, at most the least number of features.
         dtype: of everything but R, which is fp32 (fp64 with fp64).
-        device: where they live.
+        device: of the operands.
         bias: whether the layers have one.
         scaling: s of every layer.
         seed: of the draw.
@@ -180,7 +180,7 @@ class Run:
         ]
 
     def leaves(self, i: int) -> list[torch.Tensor]:
-        """What gradients are taken of: the inputs, then the trained parameters."""
+        """The tensors to differentiate: the inputs, then the trained parameters."""
         i %= len(self.copies)
         trained = [
             parameter
@@ -209,7 +209,7 @@ class Run:
         self._outputs.clear()
 
     def saved_bytes(self) -> int:
-        """Bytes that forward keeps for backward, weights and adapters left out, inputs not."""
+        """Bytes that forward keeps for backward, including inputs, without weights and adapters."""
         constant = {
             tensor.untyped_storage().data_ptr()
             for modules in self.modules[0]

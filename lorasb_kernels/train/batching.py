@@ -1,7 +1,7 @@
 """From encoded samples to batches: packing, length-grouped order, padding.
 
-The order of the samples is a function of the seed and the epoch alone, so a resumed run
-sees the batches that it would have seen.
+The order of the samples depends only on the seed and the epoch, so a resumed run gets the same
+batches as an uninterrupted one.
 """
 
 import random

@@ -1,9 +1,9 @@
-"""What a checkpoint consists of: a damaged one is named, never resumed from.
+"""The files of a checkpoint, and the check that they are undamaged before a run resumes.
 
-safetensors knows where a file ends and nothing of its bits; `manifest.json` holds the SHA-256
-of every file of the folder, and how many processes were training. Optimizer, scheduler and RNG
-states are nested values kept as safetensors with JSON, since `torch.load`, even with
-`weights_only=True`, reads a pickle.
+safetensors detects a truncated file, but not a flipped bit, so `manifest.json` holds the SHA-256 of
+every file of the folder, and how many processes were training. Optimizer, scheduler and RNG states
+are nested values, stored as safetensors with JSON, because `torch.load` reads a pickle, even with
+`weights_only=True`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _BLOCK = 1 << 20
 
 
 def seal(folder: Path, processes: int) -> None:
-    """Writes the manifest of the files in `folder`; all of them have reached the disk then."""
+    """Writes the manifest of the files in `folder`, after all of them are on disk."""
     files = {path.name: _digest(path, sync=True) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"processes": processes, "files": files})
     handle = os.open(folder, os.O_RDONLY)
@@ -35,8 +35,8 @@ def check(folder: Path, processes: int) -> None:
     """Checks every file of a sealed folder.
 
     Raises:
-        CheckpointError: a file is missing or is not what was written, or another number of
-            processes was training, which makes another batch.
+        CheckpointError: a file is missing or has changed, or another number of processes was
+            training, which would change the batches.
     """
     advice = f"expected it as it was written; remove {folder} to go on from the one before"
     try:

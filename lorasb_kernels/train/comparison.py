@@ -1,10 +1,10 @@
 """Several methods on one task from the same base, seeds and data order.
 
-For each contender: one run a learning rate, judged on validation rows; then the best learning
-rate with several seeds, judged on test rows that nothing was chosen by. A seed fixes the new
-head, the order of the samples and the draws of the initialization, for every contender alike.
-Every run is a folder and its judgement a JSON file (a cell), so an interrupted comparison goes
-on where it was, and can be asked for more.
+For each contender: one run per learning rate, evaluated on validation rows; then the best learning
+rate with several seeds, evaluated on test rows that were not used for any choice. For every
+contender a seed fixes the new head, the order of the samples and the draws of the initialization.
+Every run is a folder and its result a JSON file (a cell), so an interrupted comparison resumes
+where it stopped and can be extended later.
 """
 
 import json
@@ -38,7 +38,7 @@ class Contender:
         method, r: as in `TrainConfig`.
         learning_rates: ascending.
         settings: other settings of `TrainConfig`.
-        label: name, in the place of `<method>-r<r>`.
+        label: name, instead of `<method>-r<r>`.
         rate_of: name of an earlier contender, whose chosen learning rate this one takes.
     """
 
@@ -67,7 +67,7 @@ class Task:
         title: for the table and the plot.
         settings: settings of `TrainConfig` common to all, `model` and `data` among them.
         train, validation, test: disjoint rows.
-        metric: what `evaluation` measures; the higher the better, but for `"loss"`.
+        metric: what `evaluation` measures; higher is better, except for `"loss"`.
     """
 
     title: str
@@ -81,13 +81,13 @@ class Task:
 def sweep(
     rates: Sequence[float], tried: dict[float, float], extensions: int = 0
 ) -> Iterator[float]:
-    """The learning rates to try: those given, and more where the best is the first or last.
+    """The learning rates to try: those given, and more if the best is the first or the last.
 
     Args:
         rates: learning rates, ascending.
-        tried: validation score by learning rate, the higher the better; filled in while this
-            goes on.
-        extensions: learning rates added, at most.
+        tried: validation score by learning rate, higher is better; filled in by the caller between
+            two rates.
+        extensions: largest number of rates to add.
     """
     yield from rates
     for _ in range(extensions):
@@ -99,7 +99,7 @@ def sweep(
 
 
 class Comparison:
-    """Runs cells in a folder and sums them up.
+    """Runs cells in a folder and summarizes them.
 
     Args:
         task: the task.
@@ -117,13 +117,13 @@ class Comparison:
 
         Args:
             contenders: what to compare.
-            only: names of contenders, to run these alone; none: all.
+            only: names of the contenders to run; empty for all.
 
         Returns:
             one row per contender, see `row`.
 
         Raises:
-            ConfigError: a name that is no contender's.
+            ConfigError: a name that no contender has.
         """
         known = {contender.name: contender for contender in contenders}
         unknown = [name for name in only if name not in known]
@@ -146,8 +146,7 @@ class Comparison:
         return rows
 
     def validated(self, contender: Contender) -> dict[float, float]:
-        """Validation scores, the higher the better, by learning rate; none to choose from a
-        single one."""
+        """Validation scores by learning rate, higher is better; empty if there is only one rate."""
         if len(contender.learning_rates) == 1:
             return {}
         sign = -1 if self.task.metric == "loss" else 1
@@ -173,22 +172,22 @@ class Comparison:
         )
 
     def cell(self, contender: Contender, learning_rate: float, seed: int, part: str) -> dict:
-        """The result of one run on one part of the data: kept, or run now."""
+        """The result of one run on one part of the data: read from its file, or run now."""
         config = self.config(contender, learning_rate, seed)
         path = self.folder / "cells" / f"{Path(config.output_dir).name}-{part}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         console.print(f"{contender.name}, learning rate {learning_rate:g}, seed {seed}, {part}")
         held_out = self.task.test if part == "test" else self.task.validation
-        # A run that was judged on validation rows is not trained again: it goes on from its last
-        # checkpoint, which is its end.
+        # A run that was evaluated on validation rows is not trained again: it resumes from its last
+        # checkpoint, which is at its end.
         with peak_memory() as peak:
             _, _, result = finetune(config, self.task.train, held_out)
         cell = result.to_dict() | {"part": part, "rows": len(held_out), "peak_bytes": peak.bytes}
         if part == "test":
             shutil.rmtree(config.output_dir)
             earlier = path.with_name(path.name.replace("-test.json", "-validation.json"))
-            if earlier.exists():  # the training's time and memory are there
+            if earlier.exists():  # it has the time and memory of the training
                 trained = json.loads(earlier.read_text(encoding="utf-8"))
                 cell |= {key: trained.get(key) for key in ("seconds", "peak_bytes")}
         write_json(path, cell)
@@ -197,7 +196,7 @@ class Comparison:
     def row(
         self, contender: Contender, rate: float, tried: dict[float, float], final: list[dict]
     ) -> dict:
-        """What a contender came to: means over the seeds, and the metric of each."""
+        """The results of a contender: means over the seeds, and the metric of each seed."""
         count = max(1, round(LAST * len(final[0]["losses"])))
         ends = [statistics.mean(loss for _, loss in one["losses"][-count:]) for one in final]
         peaks = [one["peak_bytes"] for one in final if one.get("peak_bytes") is not None]

@@ -62,7 +62,7 @@ class TrainConfig:
     batch_size: int = 16  # samples per device and forward pass
     accumulation: int = 1  # forward passes per step
     epochs: float = 1.0
-    max_steps: int | None = None  # takes the place of `epochs`
+    max_steps: int | None = None  # overrides `epochs`
     max_length: int = 512  # tokens
     system_prompt: str | None = None  # None: the chat template's own
     batching: str = "length-grouped"
@@ -81,7 +81,7 @@ class TrainConfig:
     evaluation: str | None = None  # None: loss or accuracy, by task
     eval_batch_size: int = 32
     max_new_tokens: int = 256  # for `evaluation: numeric`
-    save_steps: int = 100  # a checkpoint every so many steps
+    save_steps: int = 100  # a checkpoint every this many steps
     keep_checkpoints: int = 2
     report_to: tuple[str, ...] = ()  # loggers of transformers' Trainer
     seed: int = 0
@@ -163,7 +163,7 @@ class TrainConfig:
 
     @property
     def adapter_init(self) -> str | None:
-        """The `init` of a `LoRASBConfig` for this method; None where it takes no such adapter."""
+        """The `init` of a `LoRASBConfig` for this method; None if it uses no such adapter."""
         if self.method not in ADAPTER_METHODS:
             return None
         return "lora" if self.method in ("rslora", "lora-pro") else self.method
@@ -174,7 +174,7 @@ class TrainConfig:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether `value` is a str that a file can hold and a path can be."""
+    """Whether `value` is a str that can be written to a file and used as a path."""
     try:
         return isinstance(value, str) and b"\0" not in value.encode()
     except UnicodeEncodeError:
@@ -238,7 +238,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 
 def _loader():
-    """YAML's safe loader, which also reads `1e-4` as a number (YAML 1.1 wants `1.0e-4`)."""
+    """YAML's safe loader, which also reads `1e-4` as a number (YAML 1.1 requires `1.0e-4`)."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -264,7 +264,7 @@ def check_keys(settings: dict[str, Any], source: str) -> None:
 
 
 def resolve(*layers: dict[str, Any]) -> TrainConfig:
-    """A configuration from layers of settings, later ones first; a `preset` lies below all.
+    """A configuration from layers of settings: later ones override, a `preset` comes first.
 
     Raises:
         ConfigError: an unknown key, a missing or unusable setting.

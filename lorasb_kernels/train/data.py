@@ -11,12 +11,12 @@ from typing import Any, TextIO
 from lorasb_kernels.train.errors import DataError, shown
 
 MAX_LINE = 1 << 24  # characters; bounds the memory that a file without line ends takes
-MAX_CLASSES = 1 << 16  # bounds the head that a class index asks for
+MAX_CLASSES = 1 << 16  # limits the size of the head that a class index requires
 
 
 @dataclass(frozen=True)
 class Example:
-    """An instruction and its response; `choices` are the answers it may be."""
+    """An instruction and its response; `choices` are the possible answers."""
 
     instruction: str
     response: str
@@ -89,7 +89,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
     Raises:
         DataError: see `read_rows`; a row without instruction or response, or whose response
-            is none of its choices.
+            is not one of its choices.
     """
     examples = []
     for line, row in read_rows(path):
@@ -120,8 +120,8 @@ def read_labelled(path: str | Path, regression: bool = False) -> list[Labelled]:
     """Text/label rows, with an optional `text_pair`.
 
     Raises:
-        DataError: see `read_rows`; a row without text, or a label that is no class index
-            (no number, for regression).
+        DataError: see `read_rows`; a row without text, or a label that is not a class index
+            (for regression: not a number).
     """
     rows = []
     for line, row in read_rows(path):
@@ -148,7 +148,7 @@ def _text(path: str | Path, line: int, row: dict[str, Any], key: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for halves of surrogate pairs, which JSON can spell and no tokenizer takes."""
+    """False for halves of surrogate pairs, which JSON can contain but no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ PLAIN_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers wit
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sample, with one label a token or one label in all."""
+    """Token ids of one sample, with one label per token or one label per sample."""
 
     input_ids: list[int]
     labels: list[int] | int | float
@@ -60,8 +60,8 @@ class Encoder:
     def examples(self, examples: Iterable[Example]) -> list[Encoded]:
         """Prompt and response as one sequence, with labels on the response only.
 
-        A sequence longer than `max_length` tokens loses its end; one whose prompt leaves no
-        room for a response is left out.
+        A sequence longer than `max_length` tokens is truncated at the end; one whose prompt leaves
+        no room for a response is left out.
         """
         encoded = []
         for example in examples:

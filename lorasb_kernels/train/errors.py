@@ -1,17 +1,17 @@
-"""Errors in what a user gave; the command line shows their message without a stack trace."""
+"""Errors in user input; the command line shows their message without a stack trace."""
 
 import reprlib
 
 
 class _Short(reprlib.Repr):
     def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to spell numbers of thousands of digits.
+        # Python refuses to print numbers of thousands of digits.
         return repr(value) if abs(value) < 10**40 else f"<{value.bit_length()} bits>"
 
 
 _short = _Short()
 _short.maxlevel = 2
-shown = _short.repr  # of a value in a message: short, whatever a file holds
+shown = _short.repr  # shows a value in a message, shortened
 
 
 class InputError(ValueError):
@@ -35,4 +35,4 @@ class DivergedError(ArithmeticError):
 
 
 class AssetError(InputError):
-    """A model or data set of a demonstration that cannot be had; the message says what to do."""
+    """A model or data set of a demonstration is unavailable; the message says what to do."""

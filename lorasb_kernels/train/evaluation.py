@@ -1,4 +1,4 @@
-"""Judging a model on held-out rows: exact numbers, choices, classes, scores."""
+"""Evaluates a model on held-out rows: exact numbers, choices, classes, scores."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number after the last `####`, else the last number of the text; None without one.
+    """The number after the last `####`, else the last number of the text; None if there is none.
 
     Thousands separators, decimals and fractions are understood, so `1,200.0` equals `1200`.
     """
@@ -79,12 +79,12 @@ def evaluate(
         metric: `loss` (mean over response tokens, nats), `numeric` (share of greedy answers
             whose final number is the response's), `choice` (share of examples whose likeliest
             choice is the response), `accuracy`, `matthews`, `pearson`.
-        batch_size: samples a forward pass.
+        batch_size: samples per forward pass.
         max_new_tokens: length of a generated answer.
         progress: wraps the sequence of batches.
 
     Raises:
-        DataError: rows that the metric cannot judge.
+        DataError: rows that the metric cannot evaluate.
     """
     was_training = model.training
     model.eval()
@@ -156,7 +156,7 @@ def generate(model, encoder: Encoder, prompts: Sequence[list[int]], max_new_toke
 
 
 def _choice(model, encoder, rows, batch_size, progress) -> float:
-    """Compares the choices at the first token where they part: one pass an example."""
+    """Compares the choices at the first token where they differ: one pass per example."""
     asked = [_choice_prompt(encoder, row) for row in rows]
     right = 0
     for batch in progress(_batches(asked, batch_size, lambda item: len(item[0]))):
@@ -170,7 +170,7 @@ def _choice(model, encoder, rows, batch_size, progress) -> float:
 
 
 def _choice_prompt(encoder: Encoder, row: Example) -> tuple[list[int], list[int], int]:
-    """Prompt up to where the choices part, each choice's token there, index of the answer."""
+    """Prompt up to where the choices differ, each choice's token there, index of the answer."""
     if len(set(row.choices)) < 2:
         raise DataError(f"choices are {row.choices!r}; the metric 'choice' needs two or more")
     choices = [encoder.response(choice) for choice in row.choices]

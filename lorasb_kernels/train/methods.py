@@ -107,7 +107,7 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
         config.init_strategy,
         config.init_memory_budget,
     )
-    # Past the first barrier no rank takes the folder that is written now for an earlier run's.
+    # After the first barrier no rank mistakes the folder that is written now for an earlier run's.
     distributed = torch.distributed.is_initialized()
     if distributed:
         torch.distributed.barrier()
@@ -124,7 +124,7 @@ def estimation_batches(
     """The batches that estimate the first update.
 
     `init_share` of the samples, but at least `init_minimum`, drawn with the run's seed and
-    sorted by length. Data-parallel ranks deal the batches out among them, where there are
+    sorted by length. The batches are distributed over data-parallel ranks if there are
     enough; the estimate sums over the ranks.
     """
     count = min(len(samples), max(config.init_minimum, round(config.init_share * len(samples))))

@@ -35,7 +35,7 @@ def track(description: str):
 
 
 class TrainingBar(TrainerCallback):
-    """Shows the steps and the last loss; where no terminal is, a line every tenth of the run."""
+    """Shows the steps and the last loss; without a terminal, a line every tenth of the run."""
 
     def __init__(self, description: str):
         self.description = description

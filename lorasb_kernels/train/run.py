@@ -40,7 +40,7 @@ Rows = Sequence[Example] | Sequence[Labelled]
 
 @dataclass
 class Result:
-    """What a run came to: `before` and `after` are the metric on the held-out rows."""
+    """Outcome of a run: `before` and `after` are the metric on the held-out rows."""
 
     config: TrainConfig
     trainable: int
@@ -56,7 +56,7 @@ class Result:
 
 
 class Clock:
-    """Adds up the seconds of named phases."""
+    """Measures the seconds of named phases."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -113,13 +113,13 @@ def finetune(
     judge_before: bool = False,
     callbacks: Sequence = (),
 ) -> tuple[nn.Module, Encoder, Result]:
-    """Trains `config.model` on `train_rows`; goes on from the newest checkpoint, if any.
+    """Trains `config.model` on `train_rows`; resumes from the newest checkpoint, if any.
 
     Args:
         config: the run; its `output_dir` receives `config.json`, the checkpoints, the
             trained adapter (or model) and `result.json`.
         train_rows: what to train on.
-        eval_rows: held-out rows; none: no evaluation.
+        eval_rows: held-out rows; empty for no evaluation.
         judge_before: evaluate the untrained model as well.
         callbacks: more callbacks for transformers' Trainer.
 
@@ -129,7 +129,7 @@ def finetune(
     Raises:
         ConfigError: `output_dir` holds a run with other settings.
         DataError: no usable training row.
-        CheckpointError: a damaged checkpoint, or none left of a run that was trained.
+        CheckpointError: a damaged checkpoint, or a trained adapter without its checkpoints.
         DivergedError: a loss or gradient that is not finite.
     """
     output_dir = Path(config.output_dir)
@@ -164,7 +164,7 @@ def finetune(
     def judge(description: str) -> float | None:
         if not eval_rows:
             return None
-        # As in training, what is trained is fp32 and computes in the dtype of the weights.
+        # As in training: trained tensors are fp32 and are used in the dtype of the weights.
         mixed = torch.autocast(arguments.device.type, torch.bfloat16, config.dtype == "bfloat16")
         with clock.phase("evaluate"), mixed:
             return evaluate(
@@ -223,7 +223,7 @@ def digest_of(rows: Rows) -> str:
 
 
 def claim(output_dir: Path, config: TrainConfig, rows: Rows) -> None:
-    """Writes into the output folder whose run it is, or checks that it is this run's.
+    """Records this run in the output folder, or checks that the folder belongs to this run.
 
     Args:
         output_dir: gets `config.json`, the settings, and `data.json`, a digest of the rows.
@@ -250,7 +250,7 @@ def claim(output_dir: Path, config: TrainConfig, rows: Rows) -> None:
             f"data is {len(rows)} rows that are not those of the run in output_dir "
             f"{str(output_dir)!r}; expected the same rows, or another output_dir"
         )
-    # Settings that an earlier version did not have were at what is now their default.
+    # Settings that an earlier version did not have are compared with their default.
     stored = TrainConfig(**{name: stored[name] for name in own if name in stored}).to_dict()
     for name in own:
         if stored[name] != own[name]:

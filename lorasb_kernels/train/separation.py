@@ -1,9 +1,10 @@
-"""Does the model keep the samples of a batch apart? Tried once, before training.
+"""Checks once, before training, that the model keeps the samples of a batch apart.
 
-Packing rests on the model seeing a boundary where `position_ids` restart, padding on its heeding
-the attention mask. Some models do neither: attention with relative positions (OPT, Falcon, BLOOM,
-MPT) or a recurrent state (Qwen3-Next, LFM2, RecurrentGemma) runs on from one sample into the next,
-without an error. So two samples of the training set go through the model in one batch and alone.
+Packing requires that the model sees a boundary where `position_ids` restart; padding requires that
+it respects the attention mask. Some models do neither: attention with relative positions (OPT,
+Falcon, BLOOM, MPT) or a recurrent state (Qwen3-Next, LFM2, RecurrentGemma) runs on from one sample
+into the next, without an error. So two samples of the training set go through the model in one
+batch and alone.
 """
 
 from collections.abc import Sequence

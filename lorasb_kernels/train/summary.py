@@ -1,4 +1,4 @@
-"""What a person looks at after a run: the table of runs and the loss curves."""
+"""For a person to read after a run: the table of runs and the loss curves."""
 
 import math
 from collections.abc import Sequence

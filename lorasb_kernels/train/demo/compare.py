@@ -12,7 +12,7 @@ from lorasb_kernels.train.progress import console
 
 SEEDS = (0, 1, 2)
 VALIDATION_ROWS = 500
-EXTENSIONS = 2  # learning rates added, at most, where the best one is at an end
+EXTENSIONS = 2  # largest number of rates to add if the best one is the first or the last
 CONTENDERS = (
     Contender("lora-sb", 8, (4e-3, 1e-2, 2.5e-2)),
     Contender("lora-xs", 8, (4e-3, 1e-2, 2.5e-2)),
@@ -23,7 +23,7 @@ CONTENDERS = (
 )
 
 RANKS = (8, 16, 32)
-# Every rank chooses among these; the ablations take over what their baseline chose.
+# Every rank chooses among these; the ablations use what their baseline chose.
 RATES = {
     "lora-sb": (1e-2, 2.5e-2),
     "lora-xs": (4e-3, 1e-2, 2.5e-2),
@@ -36,8 +36,8 @@ RATES = {
     "lora-ga": (8e-4, 2e-3),
     "vera": (1e-2, 2.5e-2),
 }
-# η of `compare`. In a short run the first of few warm-up steps is a large share of the peak: an
-# update of that size starts above the loss of a model that was left alone.
+# η of `compare`. In a short run the first of a few warm-up steps is a large share of the peak
+# learning rate: an update of that size would start above the loss of the unchanged model.
 ETA = 5e-4
 FULL = Contender("full", 8, (8e-5, 2e-4, 5e-4))
 METHODS = (
@@ -112,8 +112,8 @@ def run_comparison(
     Args:
         output_dir: receives `cells/*.json`, `table.json`, `loss.png` and the runs.
         train_rows: headlines trained on.
-        test_rows: headlines of the final judgement.
-        only: names of contenders, to run these alone; none: all.
+        test_rows: headlines of the final evaluation.
+        only: names of the contenders to run; empty for all.
 
     Returns:
         one row per contender, as `Comparison.row` makes them.

@@ -19,7 +19,7 @@ class Headline(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Three disjoint lists of headlines, in an order fixed by their text alone."""
+    """Three disjoint lists of headlines, in an order that depends only on their text."""
 
     train: list[Headline]
     validation: list[Headline]
@@ -27,7 +27,7 @@ class Split(NamedTuple):
 
 
 def parse(jsonl: str) -> list[Headline]:
-    """Headlines of the `evals` file; one entry a text, those with both labels left out."""
+    """Headlines of the `evals` file, each text once; texts with both labels are left out."""
     labels: dict[str, set[int]] = {}
     for line in jsonl.splitlines():
         row = json.loads(line)
@@ -37,7 +37,7 @@ def parse(jsonl: str) -> list[Headline]:
 
 
 def split(headlines: list[Headline]) -> Split:
-    """Splits by a digest of the text, so a headline's part never depends on the others."""
+    """Splits by a digest of the text, so a headline's part does not depend on the others."""
 
     def digest(headline: Headline) -> str:
         return hashlib.sha256(headline.text.casefold().encode()).hexdigest()

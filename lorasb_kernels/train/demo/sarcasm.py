@@ -29,8 +29,8 @@ STEPS = 60
 BATCH = 16
 HELD_OUT = 300
 LEARNING_RATE = 5e-3
-# η of LoRA-SB's update. The schedule's first learning rate, 1.25e-3, throws this model far off:
-# training then starts at a loss of 6 and spends a dozen steps on the way back.
+# η of LoRA-SB's update. The schedule's first learning rate, 1.25e-3, is too large for this model:
+# training would start at a loss of 6 and need a dozen steps to recover.
 INIT_LEARNING_RATE = 1e-4
 QUESTION = "Sarcastic? {}"
 ANSWERS = ("no", "yes")
@@ -64,7 +64,7 @@ def demo_config(model: Path, output_dir: Path) -> TrainConfig:
 
 
 def run_demo(output_dir: str) -> Result:
-    """Runs the demonstration and prints what came of it.
+    """Runs the demonstration and prints the results.
 
     Args:
         output_dir: receives the checkpoints, `adapter/`, `merged/`, `loss.png` and
@@ -72,7 +72,7 @@ def run_demo(output_dir: str) -> Result:
 
     Raises:
         AssetError: the model or the data cannot be fetched.
-        InputError: `output_dir` holds something else.
+        InputError: `output_dir` contains something else.
     """
     start = time.perf_counter()
     logging.disable_progress_bar()
