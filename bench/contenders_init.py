@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasb_kernels.init import estimate_updates, truncated_svd
+from lorasb_kernels.init import EstimationOptions, estimate_updates, truncated_svd
 from lorasb_kernels.init.estimation.losses import per_sample_loss
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -96,7 +96,9 @@ def ours(
 ) -> Factors:
     """`estimate_updates` with `strategy`, and the truncated SVD of each update as it comes."""
     factors = {}
-    for name, signs in estimate_updates(model, batches, targets, strategy=strategy):
+    for name, signs in estimate_updates(
+        model, batches, targets, EstimationOptions(strategy=strategy)
+    ):
         if svd:
             result = truncated_svd(signs, r)
             factors[name] = (-result.U, eta * result.S, result.V)

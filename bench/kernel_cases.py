@@ -9,8 +9,9 @@ import torch
 
 from lorasb_kernels.functional import pack_signs, sign_accumulate_, sign_gradient, sign_matmul
 from lorasb_kernels.ops.core_backward import core_backward
-from lorasb_kernels.ops.dispatch import BACKENDS, obstacle
+from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.ops.expand import expand
+from lorasb_kernels.ops.limits import BACKENDS
 from lorasb_kernels.ops.shrink import shrink
 from lorasb_kernels.ops.triton.expand_route import ROUTES
 from lorasb_kernels.ops.triton.tiles import (

@@ -87,9 +87,9 @@ class Arguments {
   }
 
   lorasb::Dropout dropout(double p, const std::optional<Tensor>& seed) const {
-    STD_TORCH_CHECK(0 <= p && p < 1, op_, ": dropout_p is ", p, "; expected 0 <= dropout_p < 1");
+    STD_TORCH_CHECK(0 <= p && p < 1, op_, ": dropout is ", p, "; expected 0 <= dropout < 1");
     if (p == 0) return {nullptr, 0, 1.f};
-    STD_TORCH_CHECK(seed.has_value(), op_, ": seed is None; expected int64 [1] as dropout_p is ",
+    STD_TORCH_CHECK(seed.has_value(), op_, ": seed is None; expected int64 [1] as dropout is ",
                     p);
     vector("seed", *seed, ScalarType::Long, 1);
     const double threshold = std::fmin(std::nearbyint(p * 4294967296.0), 4294967295.0);
@@ -165,7 +165,7 @@ using torch::stable::new_empty;
 using torch::stable::accelerator::DeviceGuard;
 
 std::tuple<Tensor, Tensor> shrink(const Tensor& x, const Tensor& lora_A, const Tensor& lora_R,
-                                  double scaling, double dropout_p,
+                                  double scaling, double dropout,
                                   const std::optional<Tensor>& seed) {
   const Arguments arguments("shrink", x);
   const lorasb::DType dtype = arguments.matrix_dtype("x", x);
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor> shrink(const Tensor& x, const Tensor& lora_A, const T
   params.lora_A = matrix_of(a_rows);
   params.lora_R = matrix_of(core);
   params.scaling = static_cast<float>(scaling);
-  params.dropout = arguments.dropout(dropout_p, seed);
+  params.dropout = arguments.dropout(dropout, seed);
   params.h = h.mutable_data_ptr();
   params.p = p.mutable_data_ptr();
   const Tensor workspace = workspace_of(x, lorasb::shrink_workspace(params));
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor> core_backward(const Tensor& dy, const Tensor& h, cons
 }
 
 Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tensor& factor,
-              const std::optional<Tensor>& bias, double dropout_p,
+              const std::optional<Tensor>& bias, double dropout,
               const std::optional<Tensor>& seed) {
   const Arguments arguments("expand", x);
   const lorasb::DType dtype = arguments.matrix_dtype("x", x);
@@ -248,7 +248,7 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
   params.p = matrix_of(p_rows);
   params.factor = {matrix_of(f, transposed), transposed};
   params.bias = bias ? bias->const_data_ptr() : nullptr;
-  params.dropout = arguments.dropout(dropout_p, seed);
+  params.dropout = arguments.dropout(dropout, seed);
   params.y = y.mutable_data_ptr();
   check_launch(lorasb::expand(params, current_stream(x)), x, weight);
   return y;

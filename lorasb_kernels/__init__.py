@@ -5,10 +5,35 @@ Public names are imported at first use: `import lorasb_kernels` costs little mor
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasb_kernels import functional as functional
+    from lorasb_kernels import init as init
+    from lorasb_kernels.adaptation import adapt as adapt
+    from lorasb_kernels.adaptation import merge_and_unload as merge_and_unload
+    from lorasb_kernels.config import LoRASBConfig as LoRASBConfig
+    from lorasb_kernels.description import describe as describe
+    from lorasb_kernels.init import EstimationOptions as EstimationOptions
+    from lorasb_kernels.init import SignMatrix as SignMatrix
+    from lorasb_kernels.io.checkpoint import load_adapter as load_adapter
+    from lorasb_kernels.io.checkpoint import save_adapter as save_adapter
+    from lorasb_kernels.io.merge_checkpoint import merge_checkpoint as merge_checkpoint
+    from lorasb_kernels.io.peft_format import export_peft as export_peft
+    from lorasb_kernels.io.peft_format import import_peft as import_peft
+    from lorasb_kernels.nn import AdaptedLinear as AdaptedLinear
+    from lorasb_kernels.nn import LoRALinear as LoRALinear
+    from lorasb_kernels.nn import LoRASBLinear as LoRASBLinear
+    from lorasb_kernels.ops.explain import explain as explain
+    from lorasb_kernels.ops.extension import build_info as build_info
+    from lorasb_kernels.optim.packed_cores import PackedCores as PackedCores
+    from lorasb_kernels.optim.preconditioned import PreconditionedAdamW as PreconditionedAdamW
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaptedLinear": "lorasb_kernels.nn",
+    "EstimationOptions": "lorasb_kernels.init",
     "SignMatrix": "lorasb_kernels.init",
     "LoRALinear": "lorasb_kernels.nn",
     "LoRASBConfig": "lorasb_kernels.config",
@@ -32,7 +57,7 @@ _MODULES = ("functional", "init")
 __all__ = ["__version__", *_MODULES, *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
@@ -42,5 +67,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

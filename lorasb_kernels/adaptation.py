@@ -1,13 +1,15 @@
 """Replaces the linear layers of a model by adapted ones, and back."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS, SIGN_INITS, LoRASBConfig
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.methods import initialize
+from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
 from lorasb_kernels.nn.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
 from lorasb_kernels.nn.shared_input import share_inputs
@@ -20,16 +22,17 @@ from lorasb_kernels.targets import (
     refuse_adapted,
 )
 
+DEFAULTS = EstimationOptions()
+
 
 def adapt(
     model: nn.Module,
     config: LoRASBConfig,
     batches: Iterable | None = None,
+    *,
     learning_rate: float | None = None,
-    loss_fn: Callable | None = None,
+    estimation: EstimationOptions = DEFAULTS,
     progress: bool = True,
-    strategy: str = "auto",
-    memory_budget: int | None = None,
 ) -> nn.Module:
     """Adapts `model` in place: each target becomes a `LoRASBLinear` over the same weight.
 
@@ -42,14 +45,12 @@ def adapt(
         config: what to adapt and how.
         batches: for inits that start from gradients (`"lora-sb"`, `"lora-one"` and LoRA-SB's
             ablations): the samples whose gradients estimate the first update, as batches the
-            model takes (`model(**batch)` with labels), or whatever `loss_fn` takes. LoRA-SB's
-            default is 1/1000 of the training set.
+            model takes (`model(**batch)` with labels), or whatever `estimation.loss_fn` takes.
+            LoRA-SB's default is 1/1000 of the training set.
         learning_rate: η of `ΔW = −η·sign(gradient)`: the learning rate of the first
             optimizer step. `"lora-one"` has none.
-        loss_fn: `loss_fn(model, batch)`, see `lorasb_kernels.init.estimate_updates`.
+        estimation: how those gradients are estimated: the loss, the strategy and its memory.
         progress: show a progress bar.
-        strategy, memory_budget: how gradients are estimated and in how many bytes, see
-            `lorasb_kernels.init.estimate_updates`.
 
     Returns:
         `model`.
@@ -67,19 +68,9 @@ def adapt(
     targets = find_targets(model, config.target_modules, config.modules_to_save)
     check_adaptable(model, targets, config.r)
     saved = find_saved_modules(model, config.modules_to_save)
-    _check_estimation(config.init, batches, learning_rate)
+    _check_estimation(config, batches, learning_rate, estimation)
     layers = {name: new_layer(linear, config) for name, linear in targets.items()}
-    adapters = initialize(
-        model,
-        targets,
-        config,
-        batches,
-        learning_rate,
-        loss_fn,
-        progress,
-        strategy,
-        memory_budget,
-    )
+    adapters = initialize(model, targets, config, batches, learning_rate, estimation, progress)
     for name, adapter in adapters:
         layers[name].set_adapter(adapter.lora_A, adapter.lora_R, adapter.lora_B)
         layers[name].init_report = adapter.report
@@ -87,27 +78,27 @@ def adapt(
     return model
 
 
-def new_layer(linear: nn.Linear, config: LoRASBConfig) -> LoRASBLinear:
+def new_layer(linear: nn.Linear, config: LoRASBConfig) -> AdaptedLinear:
     """The adapted layer over `linear` that `config` describes; its factors are 0."""
-    kinds = (LoRASBLinear, LoRALinear)
-    if quantization_of(linear) is not None:
-        kinds = (QuantizedLoRASBLinear, QuantizedLoRALinear)
-    kind = kinds[config.init in LORA_INITS]
-    return kind.from_linear(
-        linear,
-        config.r,
-        reset=False,
-        scaling=config.s,
-        dropout_p=config.dropout,
-        backend=config.backend,
-        optimal_gradient=config.optimal_gradient,
-        init=config.init,
+    options = {
+        "scaling": config.s,
+        "dropout": config.dropout,
+        "backend": config.backend,
+        "init": config.init,
+    }
+    quantized = quantization_of(linear) is not None
+    if not config.facts.has_core:
+        lora = QuantizedLoRALinear if quantized else LoRALinear
+        return lora.from_linear(linear, config.r, reset=False, **options)
+    lora_sb = QuantizedLoRASBLinear if quantized else LoRASBLinear
+    return lora_sb.from_linear(
+        linear, config.r, reset=False, optimal_gradient=config.optimal_gradient, **options
     )
 
 
 def install(
     model: nn.Module,
-    layers: dict[str, LoRASBLinear],
+    layers: dict[str, AdaptedLinear],
     saved: dict[str, nn.Module],
     config: LoRASBConfig,
 ) -> None:
@@ -125,10 +116,13 @@ def install(
     model.lorasb_config = config
 
 
-def _check_estimation(init: str, batches, learning_rate) -> None:
-    if batches is None and init in GRADIENT_INITS:
+def _check_estimation(config: LoRASBConfig, batches, learning_rate, estimation) -> None:
+    init, facts = config.init, config.facts
+    if not isinstance(estimation, EstimationOptions):
+        raise TypeError(f"estimation is a {type(estimation).__name__}; expected EstimationOptions")
+    if batches is None and facts.needs_gradients:
         raise ValueError(f"batches is None; expected batches, as init={init!r} needs gradients")
-    if init not in SIGN_INITS:
+    if not facts.needs_eta:
         return
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
         raise TypeError(

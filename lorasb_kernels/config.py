@@ -6,18 +6,42 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasb_kernels.ops.limits import BACKEND_CHOICES, MAX_RANK
 from lorasb_kernels.utils.files import write_text
 
-# What is trained: the core alone, or A and B without a core.
-CORE_INITS = ("lora-sb", "lora-xs", "orthogonal", "noise", "kaiming-svd", "scaled-b")
-LORA_INITS = ("lora", "lora-one")
-INITS = (*CORE_INITS, *LORA_INITS)
-GRADIENT_INITS = ("lora-sb", "noise", "scaled-b", "lora-one")  # start from samples' gradients
-SIGN_INITS = ("lora-sb", "noise", "scaled-b")  # of which only the sign, so that η is needed
-STRATEGIES = ("auto", "resident", "layerwise", "grouped")  # of estimating gradients
-BACKENDS = ("auto", "reference", "triton", "cuda")
 SIGMA_SIDES = ("B", "A")
 SPECTRAL_SCALINGS = ("relative", "absolute")
+
+
+@dataclass(frozen=True)
+class InitFacts:
+    """What is known of an initialization before any model is seen.
+
+    Args:
+        has_core: training changes R alone; without a core it changes A and B.
+        needs_gradients: A and B come from the gradients of samples, so that batches are needed.
+        needs_eta: of the gradients only the signs count, so that the size η of the step is needed.
+        alpha_is_r: its paper's scaling is α/r, with α = r where nothing else is said.
+        rebuilt: A and B follow from the frozen weight and the seed, and are not stored.
+    """
+
+    has_core: bool = True
+    needs_gradients: bool = False
+    needs_eta: bool = False
+    alpha_is_r: bool = False
+    rebuilt: bool = False
+
+
+INITS = {
+    "lora-sb": InitFacts(needs_gradients=True, needs_eta=True),
+    "lora-xs": InitFacts(alpha_is_r=True, rebuilt=True),
+    "orthogonal": InitFacts(),
+    "noise": InitFacts(needs_gradients=True, needs_eta=True),
+    "kaiming-svd": InitFacts(),
+    "scaled-b": InitFacts(needs_gradients=True, needs_eta=True),
+    "lora": InitFacts(has_core=False, alpha_is_r=True),
+    "lora-one": InitFacts(has_core=False, needs_gradients=True, alpha_is_r=True),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,11 @@ class LoRASBConfig:
             return self.scaling
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def facts(self) -> InitFacts:
+        """What `init` trains and what it needs."""
+        return INITS[self.init]
+
     def _check_types(self) -> None:
         kinds = {"r": int, "seed": int, "init": str, "backend": str, "sigma_side": str}
         kinds |= {"spectral_scaling": str}
@@ -114,14 +143,14 @@ class LoRASBConfig:
                 raise TypeError(f"{name} is {value!r}; expected strings in it")
 
     def _check_ranges(self) -> None:
-        choices = {"init": INITS, "backend": BACKENDS, "sigma_side": SIGMA_SIDES}
+        choices = {"init": INITS, "backend": BACKEND_CHOICES, "sigma_side": SIGMA_SIDES}
         choices |= {"spectral_scaling": SPECTRAL_SCALINGS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 expected = ", ".join(repr(choice) for choice in allowed)
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {expected}")
-        if not 1 <= self.r <= 512:
-            raise ValueError(f"r is {self.r}; expected 1 <= r <= 512")
+        if not 1 <= self.r <= MAX_RANK:
+            raise ValueError(f"r is {self.r}; expected 1 <= r <= {MAX_RANK}")
         if not self.target_modules:
             raise ValueError("target_modules is empty; expected at least one name")
         if self.lora_alpha is not None and self.scaling != 1.0:
@@ -131,7 +160,7 @@ class LoRASBConfig:
             )
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("use_rslora is True; expected lora_alpha, as s is then α / √r")
-        if self.optimal_gradient and self.init in LORA_INITS:
+        if self.optimal_gradient and not self.facts.has_core:
             raise ValueError(
                 f"optimal_gradient is True; expected False, as init={self.init!r} trains no core"
             )
@@ -179,12 +208,4 @@ class LoRASBConfig:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-__all__ = [
-    "CORE_INITS",
-    "GRADIENT_INITS",
-    "INITS",
-    "LORA_INITS",
-    "SIGN_INITS",
-    "STRATEGIES",
-    "LoRASBConfig",
-]
+__all__ = ["INITS", "SPECTRAL_SCALINGS", "InitFacts", "LoRASBConfig"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorasb_kernels.config import LORA_INITS, LoRASBConfig
+from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.quantization import frozen_bytes, parameter_count, weight_dtype
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -121,7 +121,7 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
         if not layers:
             raise ValueError("the model holds no adapter; expected one, or a config to plan with")
         ranks = {name: layer.r for name, layer in layers.items()}
-        without_core = next(iter(layers.values())).lora_R is None
+        has_core = next(iter(layers.values())).lora_R is not None
         adapters = [p for layer in layers.values() for p in layer.factors().values()]
         trained = {id(p): p.numel() for p in adapters if isinstance(p, nn.Parameter)}
         other = sum(
@@ -134,14 +134,12 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
         for name, linear in layers.items():
             check_rank(name, linear, config.r)
         ranks = dict.fromkeys(layers, config.r)
-        without_core = config.init in LORA_INITS
+        has_core = config.facts.has_core
         saved = find_saved_modules(model, config.modules_to_save)
         other = sum(p.numel() for module in saved.values() for p in module.parameters())
         total = parameter_count(model)
     linear_weights, head_weights = _linear_weights(model)
-    described = tuple(
-        _describe_layer(name, layers[name], ranks[name], without_core) for name in layers
-    )
+    described = tuple(_describe_layer(name, layers[name], ranks[name], has_core) for name in layers)
     return Description(described, other, total, linear_weights, head_weights)
 
 
@@ -161,10 +159,10 @@ def _linear_weights(model: nn.Module) -> tuple[int, int]:
     return each_token, once
 
 
-def _describe_layer(name: str, linear: nn.Linear, r: int, without_core: bool) -> LayerDescription:
+def _describe_layer(name: str, linear: nn.Linear, r: int, has_core: bool) -> LayerDescription:
     m, n = linear.out_features, linear.in_features
     factors = r * (m + n)
-    trained, frozen = (factors, 0) if without_core else (r * r, factors)
+    trained, frozen = (r * r, factors) if has_core else (factors, 0)
     return LayerDescription(
         name=name,
         out_features=m,

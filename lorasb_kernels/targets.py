@@ -9,10 +9,9 @@ from collections import Counter
 import torch
 from torch import nn
 
-from lorasb_kernels.nn.linear import LoRASBLinear
+from lorasb_kernels.nn.adapted import AdaptedLinear
+from lorasb_kernels.ops.precision import FLOAT_DTYPES
 from lorasb_kernels.quantization import check_quantized, quantization_of
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def matches_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
@@ -20,10 +19,10 @@ def matches_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRASBLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers of `model` by name, in module order."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)
     }
 
 
@@ -129,7 +128,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
             f"{name} is a transformers Conv1D, whose weight is transposed; expected an nn.Linear "
             "(GPT-2 is not supported)"
         )
-    if isinstance(module, LoRASBLinear):
+    if isinstance(module, AdaptedLinear):
         raise ValueError(f"{name} is adapted already; expected a model without adapters")
     if quantization_of(module) is not None:
         check_quantized(name, module)
@@ -187,7 +186,7 @@ def check_rank(name: str, linear: nn.Linear, r: int) -> None:
         raise ValueError(f"r is {r}; expected r <= {limit} for {name}, which is {linear}")
 
 
-def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
+def layers_of(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers of a model that `adapt` returned; ValueError for a plain model."""
     layers = adapted_layers(model)
     if not layers or not hasattr(model, "lorasb_config"):

@@ -17,7 +17,7 @@ RATE = 5e-3
 def adapted(architecture, **fields):
     model = build(architecture)
     config = LoRASBConfig(**{"r": 4, **fields})
-    return adapt(model, config, batches(architecture), RATE, progress=False)
+    return adapt(model, config, batches(architecture), learning_rate=RATE, progress=False)
 
 
 def state(model):
@@ -72,7 +72,9 @@ def test_other_initializations(architecture, init):
 def test_lora_sb_is_the_truncated_svd_of_the_first_sign_step():
     base = build("llama").double()
     data = batches("llama", count=3)
-    model = adapt(copy.deepcopy(base), LoRASBConfig(4, scaling=0.5), data, RATE, progress=False)
+    model = adapt(
+        copy.deepcopy(base), LoRASBConfig(4, scaling=0.5), data, learning_rate=RATE, progress=False
+    )
     for parameter in base.parameters():
         parameter.requires_grad_(True)
     for batch in data:
@@ -126,7 +128,7 @@ def test_modes_and_buffers_survive():
     model.model.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    adapt(model, LoRASBConfig(4), batches("llama"), RATE, progress=False)
+    adapt(model, LoRASBConfig(4), batches("llama"), learning_rate=RATE, progress=False)
     assert {name: module.training for name, module in model.named_modules()} == modes
     for name, buffer in buffers.items():
         assert torch.equal(model.get_buffer(name), buffer)

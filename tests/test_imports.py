@@ -38,7 +38,7 @@ from lorasb_kernels.functional import lorasb_linear
 R = torch.randn(2, 2, requires_grad=True)
 x = torch.randn(3, 8)
 args = (torch.randn(6, 8), torch.randn(2, 8), R, torch.randn(6, 2))
-lorasb_linear(x, *args, dropout_p=0.5).sum().backward()
+lorasb_linear(x, *args, dropout=0.5).sum().backward()
 print(R.grad.shape)
 """
 

@@ -4,10 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
-from lorasb_kernels.ops.triton.expand import BLOCK_R, expand_kernel
+from lorasb_kernels.ops.triton.expand import expand_kernel
 from lorasb_kernels.ops.triton.expand_descriptor import expand_descriptor_kernel
 from lorasb_kernels.ops.triton.parts import GROUP_M
-from lorasb_kernels.ops.triton.tiles import Tile, descriptor_candidates, expand_tile
+from lorasb_kernels.ops.triton.tiles import (
+    EXPAND_BLOCK_R,
+    Tile,
+    descriptor_candidates,
+    expand_tile,
+)
 
 Case = tuple[str, Tile, dict[str, object], dict[str, object]]
 
@@ -33,7 +38,7 @@ def _expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
         }
         constants = {
             **{"FROZEN_PRODUCT": frozen_product, "BIAS": not transposed, "DROPOUT": dropout},
-            **{"BLOCK_R": BLOCK_R, "GROUP_M": GROUP_M},
+            **{"BLOCK_R": EXPAND_BLOCK_R, "GROUP_M": GROUP_M},
         }
         yield case, expand_tile(arch, dtype, dropout), arguments, constants
 
@@ -47,9 +52,15 @@ def _descriptor_expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
         for tile in descriptor_candidates(arch, dtype, dropout):
             rows, columns, k = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K
             arguments = {
-                **{"x_desc": (rows, k), "p_desc": (rows, BLOCK_R), "y_desc": (rows, columns)},
+                **{
+                    "x_desc": (rows, k),
+                    "p_desc": (rows, EXPAND_BLOCK_R),
+                    "y_desc": (rows, columns),
+                },
                 "weight_desc": (k, columns) if transposed else (columns, k),
-                "factor_desc": (BLOCK_R, columns) if transposed else (columns, BLOCK_R),
+                "factor_desc": (EXPAND_BLOCK_R, columns)
+                if transposed
+                else (columns, EXPAND_BLOCK_R),
                 "bias_ptr": None if transposed else "*",
                 "seed_ptr": "*i64" if dropout else None,
                 **_SHAPE,
@@ -58,7 +69,7 @@ def _descriptor_expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
             constants = {
                 **dict.fromkeys(("WEIGHT_TRANSPOSED", "FACTOR_TRANSPOSED"), transposed),
                 **{"BIAS": not transposed, "DROPOUT": dropout},
-                **{"BLOCK_R": BLOCK_R, "GROUP_M": GROUP_M},
+                **{"BLOCK_R": EXPAND_BLOCK_R, "GROUP_M": GROUP_M},
             }
             yield case, tile, arguments, constants
 

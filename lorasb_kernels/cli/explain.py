@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
             tokens=options.tokens,
             backend=options.backend,
             dtype=getattr(torch, options.dtype),
-            dropout_p=options.dropout,
+            dropout=options.dropout,
             arch=options.arch,
         )
     except (ValueError, RuntimeError, OSError) as error:

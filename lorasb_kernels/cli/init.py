@@ -13,9 +13,8 @@ import argparse
 from pathlib import Path
 
 from lorasb_kernels.cli import train
-from lorasb_kernels.config import GRADIENT_INITS
+from lorasb_kernels.config import INITS
 from lorasb_kernels.train.config import TrainConfig, load_file, resolve
-from lorasb_kernels.train.encoding import IGNORED
 from lorasb_kernels.train.errors import ConfigError
 
 
@@ -29,10 +28,11 @@ def run(options: argparse.Namespace) -> int:
     """Initializes, or predicts, and prints a table."""
     flags = train.given_flags(options)
     config = resolve((load_file(options.config) if options.config else {}) | flags)
-    if config.adapter_init not in GRADIENT_INITS:
+    taking_samples = [name for name, facts in INITS.items() if facts.needs_gradients]
+    if config.adapter_init not in taking_samples:
         raise ConfigError(
             f"method is {config.method!r}; expected one that takes samples: "
-            f"{', '.join(GRADIENT_INITS)}"
+            f"{', '.join(taking_samples)}"
         )
     print(predict(config) if options.dry_run else initialize(config))
     return 0
@@ -76,6 +76,8 @@ def predict(config: TrainConfig) -> str:
 
 def _labelled_columns(batch: dict) -> int:
     """Positions at which a language model's logits are needed; 0 for a classifier."""
+    from lorasb_kernels.init.estimation.losses import IGNORED
+
     labels = batch["labels"]
     return int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.dim() == 2 else 0
 

@@ -1,8 +1,21 @@
 """Initializes adapters: update estimation, truncated SVD, the named methods."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasb_kernels.init.estimation.api import estimate_gradients as estimate_gradients
+    from lorasb_kernels.init.estimation.api import estimate_updates as estimate_updates
+    from lorasb_kernels.init.estimation.options import EstimationOptions as EstimationOptions
+    from lorasb_kernels.init.predict import predict_init as predict_init
+    from lorasb_kernels.init.report import InitReport as InitReport
+    from lorasb_kernels.init.sign_matrix import SignMatrix as SignMatrix
+    from lorasb_kernels.init.svd.truncated import TruncatedSVD as TruncatedSVD
+    from lorasb_kernels.init.svd.truncated import truncated_svd as truncated_svd
+    from lorasb_kernels.init.svd.truncated import truncated_svd_batch as truncated_svd_batch
 
 _HOME = {
+    "EstimationOptions": "lorasb_kernels.init.estimation.options",
     "InitReport": "lorasb_kernels.init.report",
     "SignMatrix": "lorasb_kernels.init.sign_matrix",
     "TruncatedSVD": "lorasb_kernels.init.svd.truncated",
@@ -16,7 +29,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -24,5 +37,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -17,16 +17,16 @@ its adapters no longer fit the base model that they are saved for.
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from lorasb_kernels.config import SIGN_INITS, LoRASBConfig
+from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimation import ranks
 from lorasb_kernels.init.estimation.api import estimate_gradients, estimate_updates
 from lorasb_kernels.init.estimation.losses import sample_count
+from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.report import LayerReport
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd.truncated import GPU, truncated_svd, truncated_svd_batch
@@ -198,22 +198,18 @@ def initialize(
     config: LoRASBConfig,
     batches: Iterable | None,
     eta: float | None,
-    loss_fn: Callable | None,
+    estimation: EstimationOptions,
     progress: bool,
-    strategy: str = "auto",
-    memory_budget: int | None = None,
 ) -> Iterator[tuple[str, Adapter]]:
     """Yields the name and the initial adapter of each target, in any order.
 
     The model is unchanged afterwards. Arguments as for `lorasb_kernels.adapt`.
     """
-    estimation = {"loss_fn": loss_fn, "progress": progress}
-    estimation |= {"strategy": strategy, "memory_budget": memory_budget}
     if config.init == "lora-one":
-        yield from _lora_one(model, targets, config, batches, estimation)
+        yield from _lora_one(model, targets, config, batches, estimation, progress)
         return
-    if config.init in SIGN_INITS:
-        updates = estimate_updates(model, batches, list(targets), **estimation)
+    if config.facts.needs_eta:
+        updates = estimate_updates(model, batches, list(targets), estimation, progress=progress)
         if config.init in ("lora-sb", "scaled-b"):
             for name, adapter in _lora_sb_in_batches(updates, config, eta):
                 yield name, adapter if config.init == "lora-sb" else scaled_b(adapter, config.s)
@@ -236,10 +232,15 @@ def initialize(
 
 
 def _lora_one(
-    model, targets, config: LoRASBConfig, batches, estimation: dict[str, Any]
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    config: LoRASBConfig,
+    batches: Iterable,
+    estimation: EstimationOptions,
+    progress: bool,
 ) -> Iterator[tuple[str, Adapter]]:
     batches = list(batches)
-    gradients = estimate_gradients(model, batches, list(targets), **estimation)
+    gradients = estimate_gradients(model, batches, list(targets), estimation, progress=progress)
     samples = 1
     if config.spectral_scaling == "absolute":  # the relative one does not depend on the scale
         device = next(iter(targets.values())).weight.device

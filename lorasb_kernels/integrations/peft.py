@@ -1,4 +1,4 @@
-"""LoRA-SB as a method of peft: `get_peft_model(model, LoraSBPeftConfig(...))`.
+"""LoRA-SB as a method of peft: `get_peft_model(model, LoRASBPeftConfig(...))`.
 
 Importing this module registers the method with peft; also import it before
 `PeftModel.from_pretrained`. Saving, loading, named adapters, `disable_adapter()` and
@@ -7,7 +7,7 @@ adapters run as one adapter of the summed rank.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -22,7 +22,10 @@ from torch import nn
 
 from lorasb_kernels.config import INITS, LoRASBConfig
 from lorasb_kernels.functional import FrozenLayer, lorasb_linear
+from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.methods import initialize, layer_generator, lora_xs, orthogonal
+from lorasb_kernels.nn.masters import masters_kept
+from lorasb_kernels.nn.merging import delta_weight, merged_weight
 from lorasb_kernels.quantization import (
     check_quantized,
     dense_weight,
@@ -32,6 +35,8 @@ from lorasb_kernels.quantization import (
 )
 
 METHOD = "lorasb"
+DEFAULTS = EstimationOptions()
+PEFT_INITS = ("lora-sb", "lora-xs", "orthogonal")
 OWN_FIELDS = (
     *("r", "init", "scaling", "lora_alpha", "dropout", "backend"),
     *("sigma_side", "core_std", "seed"),
@@ -39,7 +44,7 @@ OWN_FIELDS = (
 
 
 @dataclass
-class LoraSBPeftConfig(PeftConfig):
+class LoRASBPeftConfig(PeftConfig):
     """Configuration of a LoRA-SB or LoRA-XS adapter in peft.
 
     Fields are those of `LoRASBConfig`; `target_modules` and the fields that select layers are
@@ -68,7 +73,7 @@ class LoraSBPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.init in INITS and self.init not in ("lora-sb", "lora-xs", "orthogonal"):
+        if self.init in INITS and self.init not in PEFT_INITS:
             raise ValueError(
                 f"init is {self.init!r}; expected 'lora-sb', 'lora-xs' or 'orthogonal'"
             )
@@ -79,7 +84,7 @@ class LoraSBPeftConfig(PeftConfig):
         return LoRASBConfig(**{name: getattr(self, name) for name in OWN_FIELDS})
 
 
-class LoraSBLayer(nn.Module, BaseTunerLayer):
+class LoRASBLayer(nn.Module, BaseTunerLayer):
     """A linear layer with named adapters `s·B·R·A`; R is trained.
 
     For each adapter `lorasb_R` holds an fp32 [r, r] parameter, and `lorasb_A` [r, n] and
@@ -166,10 +171,8 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`s·B·R·A` of an adapter, [m, n], in the dtype of R (fp32)."""
-        core = self.lorasb_R[adapter]
-        lora_A, lora_B = self.lorasb_A[adapter], self.lorasb_B[adapter]
-        scaling = self.lorasb_config[adapter].s
-        return scaling * (lora_B.to(core.dtype) @ core) @ lora_A.to(core.dtype)
+        factors = (self.lorasb_A[adapter], self.lorasb_R[adapter], self.lorasb_B[adapter])
+        return delta_weight(*factors, self.lorasb_config[adapter].s)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the weight, in fp32 with one rounding; refused if it is quantized."""
@@ -193,39 +196,32 @@ class LoraSBLayer(nn.Module, BaseTunerLayer):
             )
         weight = self.base_layer.weight
         delta = sum(self.get_delta_weight(name) for name in names)
-        shifted = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
+        shifted = merged_weight(weight, sign * delta)
         if check and not shifted.isfinite().all():
             raise ValueError(f"merging {names} into {self.name} would not give finite weights")
         weight.copy_(shifted)
 
     def _apply(self, fn, recurse=True):
-        """Moves R between devices but never out of fp32."""
-        kept = {id(core) for core in self.lorasb_R.values()}
-        kept |= {id(core.grad) for core in self.lorasb_R.values() if core.grad is not None}
-
-        def keep_core_dtype(tensor):
-            result = fn(tensor)
-            if id(tensor) in kept and result.dtype != tensor.dtype:
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_core_dtype, recurse)
+        """Moves R between devices but never below fp32."""
+        cores = list(self.lorasb_R.values())
+        masters = [*cores, *(core.grad for core in cores)]
+        return super()._apply(masters_kept(fn, masters), recurse)
 
 
-class LoraSBModel(BaseTuner):
-    """Puts `LoraSBLayer`s into a model; peft's interface for a method."""
+class LoRASBModel(BaseTuner):
+    """Puts `LoRASBLayer`s into a model; peft's interface for a method."""
 
     prefix = f"{METHOD}_"
-    tuner_layer_cls = LoraSBLayer
+    tuner_layer_cls = LoRASBLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **_
     ):
-        if isinstance(target, LoraSBLayer):
+        if isinstance(target, LoRASBLayer):
             layer = target
         elif type(target) is nn.Linear or quantization_of(target) is not None:
-            layer = LoraSBLayer(target, current_key)
+            layer = LoRASBLayer(target, current_key)
         else:
             raise TypeError(
                 f"{current_key} is a {type(target).__name__}; expected a plain nn.Linear"
@@ -244,14 +240,15 @@ def initialize_from_gradients(
     batches: Iterable,
     learning_rate: float,
     adapter_name: str = "default",
-    loss_fn: Callable | None = None,
+    *,
+    estimation: EstimationOptions = DEFAULTS,
     progress: bool = True,
 ) -> None:
     """LoRA-SB's initialization of an adapter: the truncated SVD of `−η·sign(Σ ∂L/∂W)`.
 
     Args:
         model: a `PeftModel` with a LoRA-SB adapter; other adapters are disabled while this runs.
-        batches, learning_rate, loss_fn, progress: as in `lorasb_kernels.adapt`.
+        batches, learning_rate, estimation, progress: as in `lorasb_kernels.adapt`.
         adapter_name: the adapter to initialize.
 
     Raises:
@@ -260,7 +257,7 @@ def initialize_from_gradients(
     layers = {
         f"{name}.base_layer": module
         for name, module in model.named_modules()
-        if isinstance(module, LoraSBLayer) and adapter_name in module.lorasb_R
+        if isinstance(module, LoRASBLayer) and adapter_name in module.lorasb_R
     }
     if not layers:
         raise ValueError(f"the model has no LoRA-SB adapter {adapter_name!r}")
@@ -269,7 +266,7 @@ def initialize_from_gradients(
     config = dataclasses.replace(config, init="lora-sb")
     with model.disable_adapter():
         adapters = dict(
-            initialize(model, targets, config, batches, learning_rate, loss_fn, progress)
+            initialize(model, targets, config, batches, learning_rate, estimation, progress)
         )
     with torch.no_grad():
         for name, adapter in adapters.items():
@@ -288,9 +285,9 @@ def _register() -> None:
         PeftType._value2member_map_[METHOD.upper()] = member
         type.__setattr__(PeftType, METHOD.upper(), member)
     if PeftType.LORASB not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=METHOD, config_cls=LoraSBPeftConfig, model_cls=LoraSBModel)
+        register_peft_method(name=METHOD, config_cls=LoRASBPeftConfig, model_cls=LoRASBModel)
 
 
 _register()
 
-__all__ = ["LoraSBLayer", "LoraSBModel", "LoraSBPeftConfig", "initialize_from_gradients"]
+__all__ = ["LoRASBLayer", "LoRASBModel", "LoRASBPeftConfig", "initialize_from_gradients"]

@@ -34,7 +34,7 @@ from lorasb_kernels.io.tensors import (
     saved_tensors,
     whole,
 )
-from lorasb_kernels.nn.linear import LoRASBLinear
+from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.quantization import dense_weight, quantization_of
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -75,7 +75,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         raise ValueError(f"{merged[0]} is merged; expected unmerge() before saving")
     directory = Path(directory)
     fingerprint = subspace_fingerprint(model)
-    rebuilt = model.lorasb_config.init == "lora-xs"
+    rebuilt = model.lorasb_config.facts.rebuilt
     if _stored(directory) != (fingerprint, model.lorasb_config):
         if not rebuilt:
             write_tensors(
@@ -181,7 +181,7 @@ def read_adapter(
         raise ValueError(f"{directory / ADAPTER_FILE} is damaged: its digest is another")
     stated = {CONFIG_FILE: record["subspace"], ADAPTER_FILE: metadata.get("subspace")}
     subspace = None
-    if config.init != "lora-xs":
+    if not config.facts.rebuilt:
         subspace, metadata = read_tensors(directory / SUBSPACE_FILE)
         stated[SUBSPACE_FILE] = metadata.get("subspace")
     if len(set(stated.values())) != 1:
@@ -214,7 +214,7 @@ def fingerprint_of(subspace: dict[str, torch.Tensor]) -> str:
     return digest_of(factors or subspace)
 
 
-def _subspace(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
+def _subspace(layers: dict[str, AdaptedLinear]) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, layer in layers.items():
         for factor in ("lora_A", "lora_B"):
@@ -232,7 +232,7 @@ def _probe(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _trained(
-    layers: dict[str, LoRASBLinear], saved: dict[str, nn.Module]
+    layers: dict[str, AdaptedLinear], saved: dict[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
     factors = {
         f"{name}.{factor}": whole(getattr(layer, factor))
@@ -247,7 +247,7 @@ def _stored(directory: Path) -> tuple[str, LoRASBConfig] | None:
     missing or damaged."""
     try:
         record, config = _read_record(directory)
-        if config.init == "lora-xs":
+        if config.facts.rebuilt:
             return record["subspace"], config
         with safe_open(directory / SUBSPACE_FILE, framework="pt") as file:
             metadata = file.metadata() or {}

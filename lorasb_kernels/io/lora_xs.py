@@ -14,7 +14,7 @@ import torch
 
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.methods import layer_generator, lora_xs
-from lorasb_kernels.nn.linear import LoRASBLinear
+from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.quantization import dense_weight
 
 _FREQUENCIES = (1.0, 1.9, 2.7, 0.3)
@@ -34,7 +34,7 @@ def factor_probes(name: str, lora_A: torch.Tensor, lora_B: torch.Tensor) -> dict
     return {f"{name}.lora_A_probe": _project(lora_A), f"{name}.lora_B_probe": _project(lora_B.T)}
 
 
-def subspace_probes(layers: dict[str, LoRASBLinear]) -> dict[str, torch.Tensor]:
+def subspace_probes(layers: dict[str, AdaptedLinear]) -> dict[str, torch.Tensor]:
     """`factor_probes` of every layer."""
     probes = {}
     for name, layer in layers.items():
@@ -51,7 +51,7 @@ def rebuild_factors(
     return adapter.lora_A, adapter.lora_B
 
 
-def rebuild(layers: dict[str, LoRASBLinear], config: LoRASBConfig) -> None:
+def rebuild(layers: dict[str, AdaptedLinear], config: LoRASBConfig) -> None:
     """Gives each layer the A and B of its LoRA-XS initialization and R = 0."""
     for name, layer in layers.items():
         lora_A, lora_B = rebuild_factors(name, dense_weight(layer), config)

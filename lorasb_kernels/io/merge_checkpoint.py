@@ -26,6 +26,7 @@ from lorasb_kernels.io.checkpoint import (
 from lorasb_kernels.io.hub import local_folder
 from lorasb_kernels.io.lora_xs import check_rebuilt, factor_probes, rebuild_factors
 from lorasb_kernels.io.tensors import check_tensors
+from lorasb_kernels.nn.merging import delta_weight, merged_weight
 from lorasb_kernels.utils.files import atomic_folder, read_json, write_tensors
 from lorasb_kernels.utils.progress import progress_bar
 
@@ -125,10 +126,7 @@ class _Merger:
         lora_A, lora_B = self._factors(name, tensor)
         core = self.trained.get(f"{name}.lora_R")
         self._check_factors(name, tensor, {"lora_A": lora_A, "lora_B": lora_B, "lora_R": core})
-        exact = torch.promote_types(lora_A.dtype, torch.float32)
-        lora_A, lora_B = lora_A.to(exact), self.config.s * lora_B.to(exact)
-        delta = lora_B @ (lora_A if core is None else core.to(exact) @ lora_A)
-        result = (tensor.to(exact) + delta).to(tensor.dtype)
+        result = merged_weight(tensor, delta_weight(lora_A, core, lora_B, self.config.s))
         if not result.isfinite().all():
             raise ValueError(f"{key} would not be finite; nothing was written")
         return result

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import FrozenLayer
+from lorasb_kernels.nn.adapted import check_finite
 from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
+from lorasb_kernels.nn.merging import merged_weight
 from lorasb_kernels.quantization import dense_weight, prevent_repacking, quantization_of
 
 
@@ -52,20 +54,31 @@ class _Quantized:
                 "dtype of a plain weight to merge into, or the adapter merged into the model it "
                 "was quantized from"
             )
-        weight = self.dense_weight().to(self.master_dtype)
-        merged = (weight + self.get_delta_weight()).to(dequantize)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError("the merged weight is not finite; the adapter seems to be broken")
+        merged = merged_weight(self.dense_weight(), self.get_delta_weight(), dequantize)
+        check_finite(merged, safe_merge)
         self.weight = nn.Parameter(merged, requires_grad=False)
         if self.base_layer.bias is not None:
             bias = self.base_layer.bias.detach().to(merged.dtype)
             self.bias = nn.Parameter(bias, requires_grad=False)
-        self.merged = True
 
     def unmerge(self) -> None:
         """Restores the quantized layer, which merging did not change."""
         self.weight = self.bias = None
-        self.merged = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer computes with a merged weight."""
+        return self.weight is not None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """The merged weight is computed from the rest and is no part of the state."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight", "bias"):
+            destination.pop(f"{prefix}{name}", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class QuantizedLoRASBLinear(_Quantized, LoRASBLinear):

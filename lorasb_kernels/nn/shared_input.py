@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import lorasb_group
-from lorasb_kernels.nn.linear import LoRASBLinear
+from lorasb_kernels.nn.adapted import AdaptedLinear
 
 # Children of one module that read the same tensor, in the supported architectures.
 SIBLINGS = (
@@ -45,11 +45,11 @@ def _state(x: torch.Tensor) -> tuple[bool, int | None]:
 class SharedInput:
     """A group of adapted layers with one input; each layer holds it as `shared_input`."""
 
-    layers: list[LoRASBLinear]
+    layers: list[AdaptedLinear]
     _pending: _Pending | None = field(default=None, repr=False)
     _stacked: tuple | None = field(default=None, repr=False)
 
-    def forward(self, layer: LoRASBLinear, x: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The output of `layer` for `x`; None if the layer has to compute it."""
         if torch.compiler.is_compiling():
             return None
@@ -85,7 +85,7 @@ class SharedInput:
             [layer.lora_B for layer in self.layers],
             [layer.bias for layer in self.layers],
             leader.scaling,
-            leader.dropout_p,
+            leader.dropout,
             leader.training,
             leader.backend,
             self._stacked_A(),
@@ -127,7 +127,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
             continue
         for siblings in SIBLINGS:
             layers = [getattr(parent, child, None) for child in siblings]
-            if len(set(map(type, layers))) == 1 and isinstance(layers[0], LoRASBLinear):
+            if len(set(map(type, layers))) == 1 and isinstance(layers[0], AdaptedLinear):
                 group = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = group

@@ -20,10 +20,10 @@ from collections.abc import Callable
 import torch
 
 from lorasb_kernels.ops import extension, reference, triton
+from lorasb_kernels.ops.limits import BACKEND_CHOICES, BACKENDS
+from lorasb_kernels.ops.precision import KERNEL_DTYPES
 
-BACKENDS = ("reference", "triton", "cuda")
 MIN_CAPABILITY = (8, 0)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def interpreting() -> bool:
@@ -59,7 +59,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     """Why `backend` cannot run on `device` in `dtype`; None when it can."""
     if backend == "reference":
         return None
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"it supports float16, bfloat16 and float32, not {dtype}"
     if backend == "triton":
         return _triton_obstacle() or (None if interpreting() else _gpu_obstacle(device))
@@ -81,7 +81,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend == "auto":
         return choose_backend(device, dtype)[0]
     if backend not in BACKENDS:
-        expected = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        expected = ", ".join(repr(name) for name in BACKEND_CHOICES)
         raise ValueError(f"backend is {backend!r}; expected one of {expected}")
     reason = obstacle(backend, device, dtype)
     if reason is not None:
@@ -150,8 +150,6 @@ class BackendOperator:
 
 
 __all__ = [
-    "BACKENDS",
-    "DTYPES",
     "BackendOperator",
     "choose_backend",
     "interpreting",

@@ -20,9 +20,9 @@ def new_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def keep_threshold(dropout_p: float) -> int:
+def keep_threshold(dropout: float) -> int:
     """An element is kept when its 32 random bits are at least this number."""
-    return min(round(dropout_p * 2**32), _LOW32)
+    return min(round(dropout * 2**32), _LOW32)
 
 
 def _rotate32(x: torch.Tensor) -> torch.Tensor:
@@ -42,9 +42,9 @@ def random_bits(rows: int, columns: int, seed: torch.Tensor) -> torch.Tensor:
     return ((x >> 32) & _LOW32).view(rows, columns)
 
 
-def keep_mask(rows: int, columns: int, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
+def keep_mask(rows: int, columns: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
     """bool [rows, columns], True where the element is kept."""
-    return random_bits(rows, columns, seed) >= keep_threshold(dropout_p)
+    return random_bits(rows, columns, seed) >= keep_threshold(dropout)
 
 
 __all__ = ["keep_mask", "keep_threshold", "new_seed", "random_bits"]

@@ -14,13 +14,13 @@ import torch
 from lorasb_kernels.ops.dispatch import BackendOperator
 
 
-def _fake(x, weight, p, factor, bias, dropout_p, seed):
+def _fake(x, weight, p, factor, bias, dropout, seed):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 _operator = BackendOperator(
     "expand",
-    "(Tensor x, Tensor weight, Tensor p, Tensor factor, Tensor? bias, float dropout_p,"
+    "(Tensor x, Tensor weight, Tensor p, Tensor factor, Tensor? bias, float dropout,"
     " Tensor? seed) -> Tensor",
     fake=_fake,
 )
@@ -32,7 +32,7 @@ def expand(
     p: torch.Tensor,
     factor: torch.Tensor,
     bias: torch.Tensor | None,
-    dropout_p: float,
+    dropout: float,
     seed: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
@@ -44,12 +44,12 @@ def expand(
         p: [M, r], contiguous, dtype of `x`.
         factor: [N, r], either dimension contiguous, dtype of `x`.
         bias: [N] or None.
-        dropout_p: probability that an element of the second term is dropped.
-        seed: int64 [1] on the device of `x`; None when `dropout_p` is 0. The mask
+        dropout: probability that an element of the second term is dropped.
+        seed: int64 [1] on the device of `x`; None when `dropout` is 0. The mask
             is that of an [M, N] tensor.
         backend: a backend that `resolve_backend` returned.
     """
-    return _operator(backend, x, weight, p, factor, bias, dropout_p, seed)
+    return _operator(backend, x, weight, p, factor, bias, dropout, seed)
 
 
 __all__ = ["expand"]

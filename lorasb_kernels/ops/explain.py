@@ -57,7 +57,7 @@ def explain(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    dropout_p: float | None = None,
+    dropout: float | None = None,
     arch: str | None = None,
 ) -> Explanation:
     """Says how a layer runs: backend, route, tiles, splits, and the reason for each.
@@ -68,7 +68,7 @@ def explain(
         backend: default: the layer's, or `"auto"`.
         dtype: default: the weight's, or bf16.
         device: default: the weight's, or the current CUDA device, or the CPU.
-        dropout_p: default: the layer's, or 0.
+        dropout: default: the layer's, or 0.
         arch: plan Triton's kernels for `"sm_80"`, `"sm_86"`, `"sm_89"` or `"sm_90"` instead of
             the device; no GPU is needed.
 
@@ -83,13 +83,13 @@ def explain(
         dtype = dtype or weight_dtype(layer_or_shape)
         device = device or layer_or_shape.lora_A.device
         backend = backend or layer_or_shape.backend
-        dropout_p = layer_or_shape.dropout_p if dropout_p is None else dropout_p
+        dropout = layer_or_shape.dropout if dropout is None else dropout
     elif isinstance(layer_or_shape, tuple) and len(layer_or_shape) == 3:
         m, n, r = layer_or_shape
         trained = ("lora_R",)
     else:
         raise TypeError(f"layer_or_shape is {layer_or_shape!r}; expected a layer or (m, n, r)")
-    shape = LayerShape(tokens, m, n, r, dropout_p or 0.0)
+    shape = LayerShape(tokens, m, n, r, dropout or 0.0)
     dtype = dtype or torch.bfloat16
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arch is None:
@@ -113,7 +113,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[st
 
 def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, ...]:
     M, m, n, r = shape.M, shape.m, shape.n, shape.r
-    dropout = shape.dropout_p > 0
+    drops = shape.dropout > 0
     width, tiles = rank_tiles(r)
     partial = gradient_tile(arch, dtype)
     parts = row_splits(M, partial)[0]
@@ -137,7 +137,7 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, .
 
     gradients = {
         "lora_R": gradient,
-        "lora_A": factor_gradient("dA", n, dropout),
+        "lora_A": factor_gradient("dA", n, drops),
         "lora_B": factor_gradient("dB", m, False),
     }
 
@@ -151,7 +151,7 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, .
         product("expand", m, n, transposed=False, masked=False),
         projection("core_backward" if "lora_R" in trained else "q", m),
         *(gradients[name] for name in trained),
-        product("dx", n, m, transposed=True, masked=dropout),
+        product("dx", n, m, transposed=True, masked=drops),
     )
 
 

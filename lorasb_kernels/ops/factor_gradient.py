@@ -23,14 +23,14 @@ from lorasb_kernels.ops.dispatch import BackendOperator
 from lorasb_kernels.ops.sign_accumulate import sign_accumulate_
 
 
-def _fake(left, rows, dropout_p, seed):
+def _fake(left, rows, dropout, seed):
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return rows.new_empty((left.shape[1], rows.shape[1]), dtype=dtype)
 
 
 _operator = BackendOperator(
     "factor_gradient",
-    "(Tensor left, Tensor rows, float dropout_p, Tensor? seed) -> Tensor",
+    "(Tensor left, Tensor rows, float dropout, Tensor? seed) -> Tensor",
     fake=_fake,
 )
 
@@ -38,7 +38,7 @@ _operator = BackendOperator(
 def factor_gradient(
     left: torch.Tensor,
     rows: torch.Tensor,
-    dropout_p: float,
+    dropout: float,
     seed: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
@@ -50,15 +50,15 @@ def factor_gradient(
     Args:
         left: [M, r], last dimension contiguous, dtype of `rows`.
         rows: [M, k], fp16, bf16 or fp32, last dimension contiguous.
-        dropout_p: probability that an element of `rows` is dropped, in [0, 1).
-        seed: int64 [1] on the device of `rows`; None when `dropout_p` is 0. The mask is that
+        dropout: probability that an element of `rows` is dropped, in [0, 1).
+        seed: int64 [1] on the device of `rows`; None when `dropout` is 0. The mask is that
             of an [M, k] tensor.
         backend: a backend that `resolve_backend` returned.
     """
     if backend == "cuda":
         gradient = rows.new_zeros((left.shape[1], rows.shape[1]), dtype=torch.float32)
         return sign_accumulate_(gradient, left, rows, backend=backend)
-    return _operator(backend, left, rows, dropout_p, seed)
+    return _operator(backend, left, rows, dropout, seed)
 
 
 __all__ = ["factor_gradient"]

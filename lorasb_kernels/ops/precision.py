@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KERNEL_DTYPES = FLOAT_DTYPES[:3]  # float64 is the reference's alone
+
 
 def autocast_disabled(function: Callable) -> Callable:
     """Runs `function` with autocast off on the device of its first tensor argument."""
@@ -30,4 +33,4 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-__all__ = ["autocast_disabled", "dot_precision"]
+__all__ = ["FLOAT_DTYPES", "KERNEL_DTYPES", "autocast_disabled", "dot_precision"]

@@ -34,27 +34,27 @@ CHUNK = 2048
 
 
 @autocast_disabled
-def shrink(x, lora_A, lora_R, scaling, dropout_p, seed):
+def shrink(x, lora_A, lora_R, scaling, dropout, seed):
     """h = drop(x) Aᵀ [M, r] and p = s · h Rᵀ [M, r]; the core runs in the dtype of R, fp32."""
-    if dropout_p > 0:
-        mask = keep_mask(*x.shape, dropout_p, seed)
-        x = torch.where(mask, x * (1 / (1 - dropout_p)), 0)
+    if dropout > 0:
+        mask = keep_mask(*x.shape, dropout, seed)
+        x = torch.where(mask, x * (1 / (1 - dropout)), 0)
     h = x @ lora_A.T
     p = scaling * (h.to(lora_R.dtype) @ lora_R.T)
     return h, p.to(x.dtype)
 
 
 @autocast_disabled
-def expand(x, weight, p, factor, bias, dropout_p, seed):
+def expand(x, weight, p, factor, bias, dropout, seed):
     """y = x Wᵀ + drop(p Bᵀ) + bias [M, m]: the frozen product, and the expansion added in place.
 
     The backward pass computes dx = dy W + drop(q A) with it, on Wᵀ and Aᵀ.
     """
-    if dropout_p == 0:
+    if dropout == 0:
         return two_call(x, weight, p, factor, bias)
     y = F.linear(x, weight, bias)
-    mask = keep_mask(*y.shape, dropout_p, seed)
-    return y.add_(torch.where(mask, (p @ factor.T) * (1 / (1 - dropout_p)), 0))
+    mask = keep_mask(*y.shape, dropout, seed)
+    return y.add_(torch.where(mask, (p @ factor.T) * (1 / (1 - dropout)), 0))
 
 
 @autocast_disabled
@@ -67,13 +67,13 @@ def core_backward(dy, h, lora_B, lora_R, scaling):
 
 
 @autocast_disabled
-def factor_gradient(left, rows, dropout_p, seed):
+def factor_gradient(left, rows, dropout, seed):
     """leftᵀ drop(rows): dA [r, n] from (q, x), or dB [m, r] transposed from (p, dy)."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     left, rows = left.to(dtype), rows.to(dtype)
-    if dropout_p > 0:
-        rows = torch.where(keep_mask(*rows.shape, dropout_p, seed), rows, 0)
-        return (left.T @ rows).mul_(1 / (1 - dropout_p))
+    if dropout > 0:
+        rows = torch.where(keep_mask(*rows.shape, dropout, seed), rows, 0)
+        return (left.T @ rows).mul_(1 / (1 - dropout))
     return left.T @ rows
 
 

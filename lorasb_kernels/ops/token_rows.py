@@ -2,6 +2,8 @@
 
 import torch
 
+from lorasb_kernels.ops.precision import FLOAT_DTYPES
+
 
 def token_rows(
     grad_output: torch.Tensor, x: torch.Tensor, row_weight: torch.Tensor | None
@@ -24,7 +26,7 @@ def token_rows(
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; expected float16, bfloat16, float32 or float64")
     if grad_output.dtype != x.dtype:
         raise TypeError(f"grad_output has dtype {grad_output.dtype}; expected {x.dtype}, as x")

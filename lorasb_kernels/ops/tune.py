@@ -108,7 +108,7 @@ def measure(
     """
     M, r = layer.M, layer.r
     N, K = (layer.n, layer.m) if transposed else (layer.m, layer.n)
-    dropout_p = layer.dropout_p if transposed else 0.0
+    dropout = layer.dropout if transposed else 0.0
     x = torch.randn(M, K, dtype=dtype, device=device)
     p = torch.randn(M, r, dtype=dtype, device=device)
     if transposed:
@@ -117,16 +117,16 @@ def measure(
     else:
         weight = torch.randn(N, K, dtype=dtype, device=device)
         factor = torch.randn(N, r, dtype=dtype, device=device)
-    seed = new_seed(device) if dropout_p > 0 else None
-    arguments = (x, weight, p, factor, None, dropout_p, seed)
+    seed = new_seed(device) if dropout > 0 else None
+    arguments = (x, weight, p, factor, None, dropout, seed)
 
-    arch, dropout = architecture(device), dropout_p > 0
-    shipped = expand_tile(arch, dtype, dropout)
+    arch, drops = architecture(device), dropout > 0
+    shipped = expand_tile(arch, dtype, drops)
     described = describable(x, weight, p, factor) and N * dtype.itemsize % 16 == 0
     candidates = {
         "two_call": (shipped,),
         "fused": dict.fromkeys((shipped, *EXPAND_CANDIDATES[dtype.itemsize])),
-        "fused_descriptor": descriptor_candidates(arch, dtype, dropout) if described else (),
+        "fused_descriptor": descriptor_candidates(arch, dtype, drops) if described else (),
     }
     entry = {}
     for name, tiles in candidates.items():
@@ -134,7 +134,7 @@ def measure(
         if times:
             best = min(times, key=times.get)
             entry[name] = {"microseconds": times[best], "tile": dataclasses.asdict(best)}
-    return shape_key(dtype, M, N, K, r, transposed, dropout), entry
+    return shape_key(dtype, M, N, K, r, transposed, drops), entry
 
 
 def _times(

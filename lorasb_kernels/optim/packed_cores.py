@@ -17,7 +17,6 @@ works element by element:
 import torch
 from torch import nn
 
-from lorasb_kernels.config import LORA_INITS
 from lorasb_kernels.targets import layers_of
 
 
@@ -47,7 +46,7 @@ class PackedCores:
 
     def __init__(self, model: nn.Module):
         layers = layers_of(model)
-        if model.lorasb_config.init in LORA_INITS:
+        if not model.lorasb_config.facts.has_core:
             raise ValueError(
                 f"the model's init is {model.lorasb_config.init!r}, which trains A and B; "
                 "expected adapters that train cores"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.nn.shared_input import SharedInput
 from lorasb_kernels.profiling.costs import WAYS, Cost
@@ -47,7 +48,7 @@ def adapted_layers(
     group: Sequence[Operands],
     backend: str = "auto",
     shared: bool = False,
-    kind: type[LoRASBLinear] = LoRASBLinear,
+    kind: type[AdaptedLinear] = LoRASBLinear,
 ) -> list[nn.Module]:
     """Adapted layers over the operands.
 

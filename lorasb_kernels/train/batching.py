@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from lorasb_kernels.train.encoding import IGNORED, Encoded
+from lorasb_kernels.init.estimation.losses import IGNORED
+from lorasb_kernels.train.encoding import Encoded
 
 STEPS_GROUPED = 16  # optimizer steps whose samples are sorted by length together
 

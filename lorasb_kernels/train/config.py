@@ -11,7 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from lorasb_kernels.config import CORE_INITS, INITS, LORA_INITS, SPECTRAL_SCALINGS, STRATEGIES
+from lorasb_kernels.config import INITS, SPECTRAL_SCALINGS, InitFacts
+from lorasb_kernels.init.estimation.options import STRATEGIES
 from lorasb_kernels.train.errors import ConfigError, shown
 
 TASKS = ("causal-lm", "classification")
@@ -101,15 +102,17 @@ class TrainConfig:
             object.__setattr__(self, "use_rslora", self.method in ("rslora", "lora-one"))
         self._one_of("optimizer", OPTIMIZERS)
         self._one_of("spectral_scaling", SPECTRAL_SCALINGS)
-        if self.optimizer in FACTOR_OPTIMIZERS and self.adapter_init not in LORA_INITS:
+        facts = self.init_facts
+        if self.optimizer in FACTOR_OPTIMIZERS and (facts is None or facts.has_core):
+            training_a_and_b = [name for name, facts in INITS.items() if not facts.has_core]
             raise ConfigError(
                 f"optimizer is {self.optimizer!r} and method {self.method!r}; expected a method "
-                f"that trains A and B here: {', '.join(LORA_INITS)}, rslora, lora-pro"
+                f"that trains A and B here: {', '.join(training_a_and_b)}, rslora, lora-pro"
             )
-        has_alpha = self.lora_alpha is not None or self.adapter_init == "lora-xs"
-        if self.use_rslora and self.adapter_init in CORE_INITS and not has_alpha:
+        without_alpha = facts is not None and not facts.alpha_is_r and self.lora_alpha is None
+        if self.use_rslora and without_alpha:
             raise ConfigError("use_rslora is true; expected lora_alpha, as s is then α / √r")
-        if self.optimal_gradient and (self.adapter_init or "lora") in LORA_INITS:
+        if self.optimal_gradient and (facts is None or not facts.has_core):
             raise ConfigError(
                 f"optimal_gradient is true and method {self.method!r}; expected a method that "
                 "trains a core"
@@ -167,6 +170,11 @@ class TrainConfig:
         if self.method not in ADAPTER_METHODS:
             return None
         return "lora" if self.method in ("rslora", "lora-pro") else self.method
+
+    @property
+    def init_facts(self) -> InitFacts | None:
+        """What that `init` trains and what it needs."""
+        return None if self.adapter_init is None else INITS[self.adapter_init]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

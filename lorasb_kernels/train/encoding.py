@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lorasb_kernels.init.estimation.losses import IGNORED
 from lorasb_kernels.train.data import Example, Labelled
 
-IGNORED = -100  # a label that carries no loss, as in torch's cross-entropy
 PLAIN_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers without a chat template
 
 

@@ -7,9 +7,10 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from lorasb_kernels.init.estimation.losses import IGNORED
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.data import Example, Labelled
-from lorasb_kernels.train.encoding import IGNORED, Encoded, Encoder
+from lorasb_kernels.train.encoding import Encoded, Encoder
 from lorasb_kernels.train.errors import DataError
 from lorasb_kernels.train.loss import takes_logits_to_keep, token_losses
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorasb_kernels.train.encoding import IGNORED
+from lorasb_kernels.init.estimation.losses import IGNORED
 
 
 def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lorasb_kernels.config import GRADIENT_INITS, LORA_INITS
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
@@ -69,14 +68,20 @@ def prepare(
 
 
 def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
-    from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
+    from lorasb_kernels import (
+        EstimationOptions,
+        LoRASBConfig,
+        adapt,
+        load_adapter,
+        save_adapter,
+    )
 
     folder = Path(config.output_dir) / ADAPTER_FOLDER
     if folder.exists():
         load_adapter(model, folder)
         return
     alpha = config.lora_alpha
-    if alpha is None and config.adapter_init in ("lora-xs", *LORA_INITS):
+    if alpha is None and config.init_facts.alpha_is_r:
         alpha = config.r
     adapter_config = LoRASBConfig(
         r=config.r,
@@ -94,18 +99,15 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
         seed=config.seed,
     )
     batches = None
-    if config.adapter_init in GRADIENT_INITS:
+    if config.init_facts.needs_gradients:
         batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
-    loss_fn = sample_mean_loss if config.task == "causal-lm" else None
+    estimation = EstimationOptions(
+        loss_fn=sample_mean_loss if config.task == "causal-lm" else None,
+        strategy=config.init_strategy,
+        memory_budget=config.init_memory_budget,
+    )
     adapt(
-        model,
-        adapter_config,
-        batches,
-        eta,
-        loss_fn,
-        progress,
-        config.init_strategy,
-        config.init_memory_budget,
+        model, adapter_config, batches, learning_rate=eta, estimation=estimation, progress=progress
     )
     # After the first barrier no rank mistakes the folder that is written now for an earlier run's.
     distributed = torch.distributed.is_initialized()

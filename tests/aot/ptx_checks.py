@@ -56,21 +56,21 @@ def compare(operation, outputs, *arguments):
         assert_within_contract(out, own, ref, name=operation)
 
 
-def shrink_arguments(M, n, r, dropout_p=0.0):
-    seed = dropout_seed(CPU) if dropout_p else None
+def shrink_arguments(M, n, r, dropout=0.0):
+    seed = dropout_seed(CPU) if dropout else None
     x, lora_A = bf16(M, n), bf16(r, n, seed=1) / math.sqrt(n)
-    return x, lora_A, core_of(r), SCALING, dropout_p, seed
+    return x, lora_A, core_of(r), SCALING, dropout, seed
 
 
 def check_shrink():
     """One block per row tile; odd sizes, scalar loads, dropout; a small n and a rank of 200."""
-    for M, n, r, dropout_p in (
+    for M, n, r, dropout in (
         (75, 200, 96, 0.0),
         (3, 37, 3, 0.0),
         (70, 144, 24, 0.3),
         (20, 72, 200, 0.0),
     ):
-        arguments = shrink_arguments(M, n, r, dropout_p)
+        arguments = shrink_arguments(M, n, r, dropout)
         with emulated(multiprocessors=1):
             compare("shrink", shrink(*arguments), *arguments)
 
@@ -146,9 +146,9 @@ def check_core_backward():
 
 def check_factor_gradient():
     """One block per column tile and several, odd sizes, dropout; the bytes."""
-    for M, k, r, dropout_p in ((75, 200, 96, 0.0), (70, 72, 24, 0.3)):
-        seed = dropout_seed(CPU) if dropout_p else None
-        arguments = (bf16(M, r, seed=1), bf16(M, k), dropout_p, seed)
+    for M, k, r, dropout in ((75, 200, 96, 0.0), (70, 72, 24, 0.3)):
+        seed = dropout_seed(CPU) if dropout else None
+        arguments = (bf16(M, r, seed=1), bf16(M, k), dropout, seed)
         with emulated(multiprocessors=1):
             compare("factor_gradient", factor_gradient(*arguments), *arguments)
 
@@ -188,25 +188,25 @@ def check_factor_gradient_strides():
             compare("factor_gradient", factor_gradient(*arguments), *arguments)
 
 
-def expand_arguments(M, N, K, r, transposed, dropout_p):
+def expand_arguments(M, N, K, r, transposed, dropout):
     weight, factor = bf16(N, K, seed=1) / math.sqrt(K), bf16(N, r, seed=3) / math.sqrt(r)
     if transposed:
         weight, factor = weight.T.contiguous().T, factor.T.contiguous().T
     bias = None if transposed else bf16(N, seed=4)
-    seed = dropout_seed(CPU) if dropout_p else None
-    return bf16(M, K), weight, bf16(M, r, seed=2), factor, bias, dropout_p, seed
+    seed = dropout_seed(CPU) if dropout else None
+    return bf16(M, K), weight, bf16(M, r, seed=2), factor, bias, dropout, seed
 
 
 def check_expand():
     """Forward and dx, even and odd, with and without the mask; both routes."""
-    for M, N, K, r, transposed, dropout_p in (
+    for M, N, K, r, transposed, dropout in (
         (150, 136, 200, 96, False, 0.0),
         (33, 37, 35, 25, False, 0.0),
         (150, 136, 200, 96, True, 0.0),
         (70, 136, 72, 24, True, 0.3),
     ):
-        arguments = expand_arguments(M, N, K, r, transposed, dropout_p)
-        tile = expand_tile(ARCH, BF16, dropout_p > 0)
+        arguments = expand_arguments(M, N, K, r, transposed, dropout)
+        tile = expand_tile(ARCH, BF16, dropout > 0)
         with emulated():
             y = fused_expand(*arguments, tile)
             compare("expand", y, *arguments)
@@ -218,11 +218,11 @@ def check_expand():
 def check_expand_descriptor():
     """The kernel of sm_90, whose descriptors Triton turns into pointers for sm_86."""
     tile = ExpandTile(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
-    for M, N, K, r, transposed, dropout_p in (
+    for M, N, K, r, transposed, dropout in (
         (75, 136, 200, 40, False, 0.0),
         (70, 136, 72, 24, True, 0.3),
     ):
-        arguments = expand_arguments(M, N, K, r, transposed, dropout_p)
+        arguments = expand_arguments(M, N, K, r, transposed, dropout)
         with emulated() as log:
             compare("expand", descriptor_expand(*arguments, tile), *arguments)
         assert write_bytes(log) == 2 * M * N

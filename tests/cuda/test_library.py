@@ -136,7 +136,7 @@ NEEDS_SEED = "seed is None; expected int64"
         ("shrink", (x, A, R[:2], 1.0, 0.0, None), r"lora_R has shape \[2, 3\]; expected \[2, 2\]"),
         ("shrink", (x, A, torch.ones(600, 600), 1.0, 0.0, None), "with 1 <= r <= 512"),
         ("shrink", (x, A, R, 1.0, 0.5, None), NEEDS_SEED),
-        ("shrink", (x, A, R, 1.0, 1.5, None), "dropout_p is 1.5; expected 0 <= dropout_p < 1"),
+        ("shrink", (x, A, R, 1.0, 1.5, None), "dropout is 1.5; expected 0 <= dropout < 1"),
         ("core_backward", (x, x, A.T, R, 1.0), r"h has shape \[4, 24\]; expected \[4, 3\]"),
         ("expand", (X, W, P[:2], F, None, 0.0, None), r"p has shape \[2, 3\]; expected \[4, 3\]"),
         ("expand", (X, W, P, F, P[0], 0.0, None), r"bias has shape \[3\]; expected \[5\]"),

@@ -97,10 +97,10 @@ PROJECTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("M", "n", "r", "dtype", "dropout_p"), PROJECTIONS)
-def test_shrink(M, n, r, dtype, dropout_p, simulator):
-    seed = SEED if dropout_p else None
-    check(simulator, "shrink", *shrink_operands(M, n, r, dtype), SCALING, dropout_p, seed)
+@pytest.mark.parametrize(("M", "n", "r", "dtype", "dropout"), PROJECTIONS)
+def test_shrink(M, n, r, dtype, dropout, simulator):
+    seed = SEED if dropout else None
+    check(simulator, "shrink", *shrink_operands(M, n, r, dtype), SCALING, dropout, seed)
 
 
 @pytest.mark.parametrize(("M", "m", "r", "dtype", "_"), PROJECTIONS)
@@ -260,8 +260,8 @@ def test_offsets_beyond_32_bits(simulator):
     assert all(map(same_bits, far, near))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_the_layer_and_its_gradients(dropout_p, simulator, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_layer_and_its_gradients(dropout, simulator, monkeypatch):
     """Forward and backward of the adapted linear, all operators together."""
     monkeypatch.setattr(layer, "resolve_backend", lambda backend, device, dtype: backend)
     x, weight, _, lora_B = expand_operands(19, 33, 40, 12, FP32)
@@ -273,7 +273,7 @@ def test_the_layer_and_its_gradients(dropout_p, simulator, monkeypatch):
         torch.manual_seed(0)  # of the dropout mask
         with simulator.running():
             y = layer.lorasb_linear(
-                rows, weight, lora_A, core, lora_B, None, SCALING, dropout_p, backend=backend
+                rows, weight, lora_A, core, lora_B, None, SCALING, dropout, backend=backend
             )
             y.square().sum().backward()
         results[backend] = y.detach(), rows.grad, core.grad

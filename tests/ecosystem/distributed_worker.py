@@ -20,7 +20,7 @@ CONFIG = LoRASBConfig(r=4, init="orthogonal")
 
 
 def adapted(dtype=torch.float32, config=CONFIG, samples=None):
-    return adapt(build("llama").to(dtype), config, samples, 1e-3, progress=False)
+    return adapt(build("llama").to(dtype), config, samples, learning_rate=1e-3, progress=False)
 
 
 def batch(share=None):

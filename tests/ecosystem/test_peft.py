@@ -8,8 +8,8 @@ from lorasb_kernels import LoRASBConfig, adapt
 from lorasb_kernels.functional import lorasb_linear
 from lorasb_kernels.integrations import peft as plug_in
 from lorasb_kernels.integrations.peft import (
-    LoraSBLayer,
-    LoraSBPeftConfig,
+    LoRASBLayer,
+    LoRASBPeftConfig,
     initialize_from_gradients,
 )
 from lorasb_kernels.targets import adapted_layers
@@ -20,7 +20,7 @@ BATCH = batches("llama")[0]
 
 
 def config(**fields):
-    return LoraSBPeftConfig(**{"r": 4, "target_modules": TARGETS, "init": "orthogonal", **fields})
+    return LoRASBPeftConfig(**{"r": 4, "target_modules": TARGETS, "init": "orthogonal", **fields})
 
 
 def randomize(model, adapter="default", seed=0):
@@ -30,7 +30,7 @@ def randomize(model, adapter="default", seed=0):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, LoraSBLayer)]
+    return [module for module in model.modules() if isinstance(module, LoRASBLayer)]
 
 
 def logits(model):
@@ -68,7 +68,7 @@ def test_the_fused_operation_runs_and_only_cores_train(model, monkeypatch):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_saved_and_loaded(model, tmp_path, low_cpu_mem_usage):
     model.save_pretrained(tmp_path)
-    assert isinstance(PeftConfig.from_pretrained(tmp_path), LoraSBPeftConfig)
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), LoRASBPeftConfig)
     loaded = PeftModel.from_pretrained(
         build("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
     )

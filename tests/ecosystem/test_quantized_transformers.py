@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from lorasb_kernels import LoRASBConfig, adapt, merge_and_unload, merge_checkpoint, save_adapter
-from lorasb_kernels.init import estimate_gradients
-from lorasb_kernels.integrations.peft import LoraSBPeftConfig, initialize_from_gradients
+from lorasb_kernels.init import EstimationOptions, estimate_gradients
+from lorasb_kernels.integrations.peft import LoRASBPeftConfig, initialize_from_gradients
 from lorasb_kernels.quantization import quantization_of
 from lorasb_kernels.targets import adapted_layers, find_targets
 from tests.models import batches, build
@@ -72,7 +72,7 @@ def test_a_loaded_model_is_adapted_generates_and_merges(base, kind, tmp_path):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_trainer_trains_it_through_peft(base, kind, tmp_path):
     model = prepare_model_for_kbit_training(load(base, kind), use_gradient_checkpointing=False)
-    model = get_peft_model(model, LoraSBPeftConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(model, LoRASBPeftConfig(r=4, target_modules="all-linear"))
     initialize_from_gradients(model, batches("llama"), 1e-2, progress=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     assert len(before) == 14
@@ -118,7 +118,11 @@ def test_estimation_leaves_the_other_quantized_layers_differentiable(base):
     model = load(base, "bitsandbytes nf4")
     targets = list(find_targets(model, ("q_proj",)))
     first = dict(estimate_gradients(model, batches("llama"), targets))
-    again = dict(estimate_gradients(model, batches("llama"), targets, strategy="layerwise"))
+    again = dict(
+        estimate_gradients(
+            model, batches("llama"), targets, EstimationOptions(strategy="layerwise")
+        )
+    )
     for name, gradient in first.items():
         assert gradient.any()
         torch.testing.assert_close(again[name], gradient)

@@ -16,12 +16,13 @@ from lorasb_kernels.functional import (
     sign_gradient,
     sign_matmul,
 )
-from lorasb_kernels.ops.dispatch import BACKENDS, obstacle
+from lorasb_kernels.ops.dispatch import obstacle
+from lorasb_kernels.ops.limits import BACKENDS
 
 SHAPES = ((33, 70, 50, 24), (5, 33, 129, 3), (130, 64, 96, 96))  # M, n, m, r
 
 
-def layer(M: int, n: int, m: int, r: int, backend: str, device: torch.device, dropout_p: float):
+def layer(M: int, n: int, m: int, r: int, backend: str, device: torch.device, dropout: float):
     """Output, input gradient and gradient of R; the same draw for every backend."""
     torch.manual_seed(0)
 
@@ -32,7 +33,7 @@ def layer(M: int, n: int, m: int, r: int, backend: str, device: torch.device, dr
     R = normal(r, r, dtype=torch.float32).requires_grad_()
     y = lorasb_linear(
         *(x, normal(m, n), normal(r, n), R, normal(m, r), normal(m)),
-        dropout_p=dropout_p,
+        dropout=dropout,
         backend=backend,
     )
     return y.detach(), *torch.autograd.grad(y, (x, R), normal(M, m))

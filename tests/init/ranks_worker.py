@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from tests.init.models import Stack, linear_names, stack_batches, stack_loss
 
 
@@ -35,7 +35,9 @@ def estimate(rank: int, case: str) -> dict[str, torch.Tensor]:
 
         failed = []
     names = linear_names(Stack())
-    updates = estimate_updates(model, batches, names, strategy=strategy, loss_fn=loss)
+    updates = estimate_updates(
+        model, batches, names, EstimationOptions(strategy=strategy, loss_fn=loss)
+    )
     return {name: signs.to_dense(torch.float32) for name, signs in updates}
 
 

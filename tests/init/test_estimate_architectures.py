@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from tests.init.models import VOCABULARY, padded, samples
 from tests.models import build
 
@@ -68,7 +68,9 @@ def assert_layerwise_equals_resident(model):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="strategy")
         found = {
-            strategy: dict(estimate_updates(model, batches, names, strategy=strategy))
+            strategy: dict(
+                estimate_updates(model, batches, names, EstimationOptions(strategy=strategy))
+            )
             for strategy in ("resident", "layerwise")
         }
     assert set(found["layerwise"]) == set(names)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from tests.init.models import (
     Stack,
     batches_for,
@@ -26,7 +26,11 @@ def estimate(model=None, batches=None, targets=None, **options):
     model = Stack() if model is None else model
     batches = stack_batches() if batches is None else batches
     targets = linear_names(model) if targets is None else targets
-    return list(estimate_updates(model, batches, targets, **{"loss_fn": stack_loss} | options))
+    return list(
+        estimate_updates(
+            model, batches, targets, EstimationOptions(**{"loss_fn": stack_loss} | options)
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,24 +45,30 @@ def estimate(model=None, batches=None, targets=None, **options):
         ({"targets": ["blocks.0.norm"]}, TypeError, "target 'blocks.0.norm' is a BatchNorm1d"),
         ({"strategy": "fast"}, ValueError, "strategy is 'fast'; expected one of auto, resident"),
         ({"memory_budget": 10}, ValueError, "memory_budget is 10; expected at least 512 bytes"),
-        ({"memory_budget": 1e9}, ValueError, "memory_budget is 1000000000.0; expected"),
+        ({"memory_budget": 1e9}, TypeError, "memory_budget is 1000000000.0; expected"),
+        ({"loss_fn": 3}, TypeError, "loss_fn is a int; expected a function"),
     ],
 )
 def test_arguments_are_checked_before_anything_runs(change, kind, message):
     targets = ["before"] if "model" in change else linear_names(Stack())
-    arguments = {"model": Stack(), "batches": stack_batches(), "targets": targets} | change
+    arguments = {"model": Stack(), "batches": stack_batches(), "targets": targets}
+    options = {"loss_fn": lambda *_: pytest.fail("ran")}
+    for name, value in change.items():
+        (arguments if name in arguments else options)[name] = value
     with pytest.raises(kind, match=re.escape(message)):
-        estimate_updates(**arguments, loss_fn=lambda *_: pytest.fail("ran"))
+        estimate_updates(**arguments, options=EstimationOptions(**options))
 
 
 def test_no_batches_at_all():
     with pytest.raises(ValueError, match="batches is None; expected the samples"):
-        estimate_updates(Stack(), None, ["before"], loss_fn=stack_loss)
+        estimate_updates(Stack(), None, ["before"], EstimationOptions(loss_fn=stack_loss))
 
 
 def test_meta_weights():
     with pytest.raises(ValueError, match="target 'before' is on the meta device"):
-        estimate_updates(Stack().to("meta"), stack_batches(), ["before"], loss_fn=stack_loss)
+        estimate_updates(
+            Stack().to("meta"), stack_batches(), ["before"], EstimationOptions(loss_fn=stack_loss)
+        )
 
 
 def test_conv1d_is_named():

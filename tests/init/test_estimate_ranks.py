@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from tests.init.models import Stack, linear_names, stack_batches, stack_loss
 
 ROOT = Path(__file__).parents[2]
@@ -49,12 +49,20 @@ def results(folder: Path) -> list[dict[str, torch.Tensor]]:
 def test_two_ranks_give_the_signs_of_all_samples(case, tmp_path):
     outputs = run_ranks(tmp_path, case)
     names = linear_names(Stack())
-    wanted = dict(estimate_updates(Stack(), stack_batches((3, 2)), names, loss_fn=stack_loss))
+    wanted = dict(
+        estimate_updates(
+            Stack(), stack_batches((3, 2)), names, EstimationOptions(loss_fn=stack_loss)
+        )
+    )
     for found in results(tmp_path):
         assert set(found) == set(names)
         for name in names:
             assert torch.equal(found[name], wanted[name].to_dense()), name
-    alone = dict(estimate_updates(Stack(), stack_batches((3, 2))[:1], names, loss_fn=stack_loss))
+    alone = dict(
+        estimate_updates(
+            Stack(), stack_batches((3, 2))[:1], names, EstimationOptions(loss_fn=stack_loss)
+        )
+    )
     assert alone != wanted
     if case == "out of memory on rank 1":
         assert "'resident' gave up: another rank fell back; using 'layerwise'" in outputs[0]
@@ -84,6 +92,8 @@ def test_sharded_models_are_refused(tmp_path):
         model = Stack()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(TypeError, match="model is sharded by FSDP, so no rank holds whole"):
-            estimate_updates(model, stack_batches(), ["before"], loss_fn=stack_loss)
+            estimate_updates(
+                model, stack_batches(), ["before"], EstimationOptions(loss_fn=stack_loss)
+            )
     finally:
         dist.destroy_process_group()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from tests.init.models import Stack, batches_for, linear_names, llama, stack_batches, stack_loss
 
 STRATEGIES = ["resident", "layerwise", "grouped"]
@@ -65,9 +65,11 @@ def test_everything_is_restored_at_every_yield_and_at_the_end(strategy):
         model,
         stack_batches(),
         linear_names(model),
-        strategy=strategy,
-        memory_budget=1024 if strategy == "grouped" else None,
-        loss_fn=stack_loss,
+        EstimationOptions(
+            strategy=strategy,
+            memory_budget=1024 if strategy == "grouped" else None,
+            loss_fn=stack_loss,
+        ),
     )
     assert state(model) == before
     for _ in updates:
@@ -82,7 +84,10 @@ def test_restored_when_closed_early(strategy):
     model = mixed(Noisy())
     before = state(model)
     updates = estimate_updates(
-        model, stack_batches(), linear_names(model), strategy=strategy, loss_fn=stack_loss
+        model,
+        stack_batches(),
+        linear_names(model),
+        EstimationOptions(strategy=strategy, loss_fn=stack_loss),
     )
     next(updates)
     updates.close()
@@ -113,7 +118,10 @@ def test_restored_after_an_exception(strategy, moment):
     with pytest.raises(ArithmeticError, match="planted"):
         list(
             estimate_updates(
-                model, stack_batches(), linear_names(model), strategy=strategy, loss_fn=loss
+                model,
+                stack_batches(),
+                linear_names(model),
+                EstimationOptions(strategy=strategy, loss_fn=loss),
             )
         )
     assert state(model) == before
@@ -136,15 +144,26 @@ def test_transformers_configuration_is_restored_and_no_cache_is_built():
 def test_no_parameter_gets_a_gradient():
     model = llama()
     for strategy in STRATEGIES:
-        list(estimate_updates(model, batches_for("llama"), linear_names(model), strategy=strategy))
+        list(
+            estimate_updates(
+                model,
+                batches_for("llama"),
+                linear_names(model),
+                EstimationOptions(strategy=strategy),
+            )
+        )
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_dropout_and_batch_statistics_are_off_and_training_mode_kept():
     model, plain = Stack(), Stack().eval()
     names = linear_names(model)
-    found = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
-    wanted = dict(estimate_updates(plain, stack_batches(), names, loss_fn=stack_loss))
+    found = dict(
+        estimate_updates(model, stack_batches(), names, EstimationOptions(loss_fn=stack_loss))
+    )
+    wanted = dict(
+        estimate_updates(plain, stack_batches(), names, EstimationOptions(loss_fn=stack_loss))
+    )
     assert found == wanted
     assert model.blocks[0].dropout.training
 
@@ -152,9 +171,13 @@ def test_dropout_and_batch_statistics_are_off_and_training_mode_kept():
 def test_works_under_no_grad_of_the_caller():
     model = Stack()
     names = linear_names(model)
-    wanted = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
+    wanted = dict(
+        estimate_updates(model, stack_batches(), names, EstimationOptions(loss_fn=stack_loss))
+    )
     with torch.no_grad():
-        found = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
+        found = dict(
+            estimate_updates(model, stack_batches(), names, EstimationOptions(loss_fn=stack_loss))
+        )
         assert not torch.is_grad_enabled()
     assert found == wanted
 
@@ -163,5 +186,7 @@ def test_shuffled_loader_leaves_the_global_generator_alone():
     model = Stack()
     loader = torch.utils.data.DataLoader(torch.randn(4, 8), batch_size=2, shuffle=True)
     before = torch.get_rng_state()
-    list(estimate_updates(model, loader, linear_names(model), loss_fn=stack_loss))
+    list(
+        estimate_updates(model, loader, linear_names(model), EstimationOptions(loss_fn=stack_loss))
+    )
     assert torch.equal(torch.get_rng_state(), before)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from lorasb_kernels.init.estimation import api as estimate_module
 from lorasb_kernels.init.estimation import boundary_store
 from lorasb_kernels.init.estimation.gradient_sums import GradientSums
@@ -31,7 +31,9 @@ SMALL_BUDGET = 16_000
 def signs(model, batches, names, strategy, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return dict(estimate_updates(model, batches, names, strategy=strategy, **options))
+        return dict(
+            estimate_updates(model, batches, names, EstimationOptions(strategy=strategy, **options))
+        )
 
 
 def assert_same_signs(model, batches, names, **options):
@@ -160,7 +162,10 @@ def test_accumulators_at_a_time(monkeypatch):
     ]:
         watch = _Accumulators(monkeypatch)
         for _ in estimate_updates(
-            model, batches_for("llama"), names, strategy=strategy, memory_budget=budget
+            model,
+            batches_for("llama"),
+            names,
+            EstimationOptions(strategy=strategy, memory_budget=budget),
         ):
             pass
         assert watch.peak <= limit, strategy
@@ -260,7 +265,7 @@ def test_layerwise_yields_last_block_first_and_model_is_whole_between():
     model = llama()
     order = []
     for name, _ in estimate_updates(
-        model, batches_for("llama"), linear_names(model), strategy="layerwise"
+        model, batches_for("llama"), linear_names(model), EstimationOptions(strategy="layerwise")
     ):
         order.append(int(name.split(".")[2]))
         assert model.training
@@ -278,7 +283,11 @@ def chosen(monkeypatch, model, names, **options):
             return real(*args)
 
         monkeypatch.setattr(estimate_module, strategy, watched)
-    dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss, **options))
+    dict(
+        estimate_updates(
+            model, stack_batches(), names, EstimationOptions(loss_fn=stack_loss, **options)
+        )
+    )
     return taken
 
 
@@ -287,8 +296,14 @@ def test_adapt_estimates_by_the_strategy_and_within_the_budget(monkeypatch):
     for strategy, budget in (("grouped", SMALL_BUDGET), ("layerwise", 10 * SMALL_BUDGET)):
         watch.peak = 0
         model = llama()
-        options = {"strategy": strategy, "memory_budget": budget, "progress": False}
-        adapt(model, LoRASBConfig(r=4), batches_for("llama"), 1e-3, **options)
+        adapt(
+            model,
+            LoRASBConfig(r=4),
+            batches_for("llama"),
+            learning_rate=1e-3,
+            estimation=EstimationOptions(strategy=strategy, memory_budget=budget),
+            progress=False,
+        )
         assert 0 < watch.peak <= budget
     layers = sum(4 * w.lora_A.shape[1] * w.lora_B.shape[0] for w in adapted_layers(model).values())
     assert watch.peak == layers // 3
@@ -315,7 +330,9 @@ def test_block_larger_than_the_budget_goes_to_grouped(monkeypatch):
 def test_out_of_memory_in_resident_is_retried_as_layerwise(monkeypatch):
     model = Stack()
     names = linear_names(model)
-    wanted = dict(estimate_updates(model, stack_batches(), names, loss_fn=stack_loss))
+    wanted = dict(
+        estimate_updates(model, stack_batches(), names, EstimationOptions(loss_fn=stack_loss))
+    )
     allocate = GradientSums.allocate
 
     def limited(sums, names):
@@ -326,7 +343,12 @@ def test_out_of_memory_in_resident_is_retried_as_layerwise(monkeypatch):
     monkeypatch.setattr(GradientSums, "allocate", limited)
     with pytest.warns(UserWarning, match="'resident' gave up: out of memory"):
         found = dict(
-            estimate_updates(model, stack_batches(), names, loss_fn=stack_loss, strategy="resident")
+            estimate_updates(
+                model,
+                stack_batches(),
+                names,
+                EstimationOptions(loss_fn=stack_loss, strategy="resident"),
+            )
         )
     assert found == wanted
 
@@ -398,7 +420,10 @@ def test_blocks_whose_output_hangs_on_more_than_inputs_fall_back_to_grouped(kind
     with pytest.warns(UserWarning, match="'layerwise' gave up: block blocks.2 gave another output"):
         found = dict(
             estimate_updates(
-                model, stack_batches(), names, strategy="layerwise", loss_fn=stack_loss
+                model,
+                stack_batches(),
+                names,
+                EstimationOptions(strategy="layerwise", loss_fn=stack_loss),
             )
         )
     assert found == wanted
@@ -427,7 +452,9 @@ def test_blocks_that_cannot_be_run_alone_fall_back_to_grouped(loss, reason):
     wanted = signs(model, stack_batches(), names, "resident", loss_fn=loss)
     with pytest.warns(UserWarning, match=f"'layerwise' gave up: {reason}; using 'grouped'"):
         found = dict(
-            estimate_updates(model, stack_batches(), names, strategy="layerwise", loss_fn=loss)
+            estimate_updates(
+                model, stack_batches(), names, EstimationOptions(strategy="layerwise", loss_fn=loss)
+            )
         )
     assert found == wanted
 

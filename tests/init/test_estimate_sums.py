@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorasb_kernels.init import estimate_gradients, estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_gradients, estimate_updates
 from lorasb_kernels.init.estimation.losses import per_sample_loss, sample_count
 from tests.init.models import (
     FAMILIES,
@@ -35,7 +35,11 @@ def test_sum_is_that_of_the_models_own_loss_sample_by_sample(family):
     model = FAMILIES[family]()
     names = linear_names(model)
     reference = oracle(family, names)
-    sums = dict(estimate_gradients(model, batches_for(family), names, strategy="resident"))
+    sums = dict(
+        estimate_gradients(
+            model, batches_for(family), names, EstimationOptions(strategy="resident")
+        )
+    )
     assert list(sums) == names
     for name in names:
         assert sums[name].dtype == torch.float32
@@ -65,8 +69,14 @@ def test_padding_adds_nothing(strategy):
     model = llama()
     names = linear_names(model)
     rows = samples(3)
-    near = dict(estimate_gradients(model, [padded(rows)], names, strategy=strategy))
-    far = dict(estimate_gradients(model, [padded(rows, extra=9)], names, strategy=strategy))
+    near = dict(
+        estimate_gradients(model, [padded(rows)], names, EstimationOptions(strategy=strategy))
+    )
+    far = dict(
+        estimate_gradients(
+            model, [padded(rows, extra=9)], names, EstimationOptions(strategy=strategy)
+        )
+    )
     for name in names:
         assert relative_error(far[name], near[name].double()) < 1e-5, name
 
@@ -77,7 +87,10 @@ def test_vector_and_scalar_losses_weigh_samples_alike(strategy):
     names = linear_names(model)
     vector = dict(
         estimate_gradients(
-            model, stack_batches((3, 2)), names, loss_fn=stack_loss, strategy=strategy
+            model,
+            stack_batches((3, 2)),
+            names,
+            EstimationOptions(loss_fn=stack_loss, strategy=strategy),
         )
     )
     scalar = dict(
@@ -85,8 +98,9 @@ def test_vector_and_scalar_losses_weigh_samples_alike(strategy):
             model,
             stack_batches((1, 4)),
             names,
-            loss_fn=lambda model, batch: stack_loss(model, batch).mean(),
-            strategy=strategy,
+            EstimationOptions(
+                loss_fn=lambda model, batch: stack_loss(model, batch).mean(), strategy=strategy
+            ),
         )
     )
     for name in names:
@@ -102,7 +116,7 @@ def test_custom_loss_changes_the_sum():
         return per_sample_loss(model, batch)[:1]
 
     alone = dict(estimate_gradients(model, [padded(samples(3)[:1])], names))
-    picked = estimate_gradients(model, [batch], names, loss_fn=first_sample_only)
+    picked = estimate_gradients(model, [batch], names, EstimationOptions(loss_fn=first_sample_only))
     for name, total in picked:
         assert relative_error(total, alone[name].double()) < 1e-5, name
 
@@ -121,7 +135,7 @@ def test_layer_called_twice_counts_twice():
     model(x).square().sum(1).sum().backward()
     wanted = model.linear.weight.grad.clone()
     loss = lambda model, batch: model(batch).square().sum(1)  # noqa: E731
-    ((_, total),) = estimate_gradients(model, [x], ["linear"], loss_fn=loss)
+    ((_, total),) = estimate_gradients(model, [x], ["linear"], EstimationOptions(loss_fn=loss))
     torch.testing.assert_close(total, wanted)
 
 
@@ -129,7 +143,9 @@ def test_in_place_change_of_a_layers_output_is_no_obstacle():
     model = Stack()
     name = "blocks.1.up"
     batches = stack_batches()
-    ((_, total),) = estimate_gradients(model, batches, [name], loss_fn=stack_loss)
+    ((_, total),) = estimate_gradients(
+        model, batches, [name], EstimationOptions(loss_fn=stack_loss)
+    )
     model.eval()
     stack_loss(model, torch.cat(batches)).sum().backward()
     torch.testing.assert_close(total, model.get_submodule(name).weight.grad)
@@ -156,7 +172,7 @@ def test_float16_gradients_do_not_underflow():
     def small(model, batch):
         return model(batch).float().squeeze(1) * 5e-4
 
-    sums = dict(estimate_gradients(model, batches, names, loss_fn=small))
+    sums = dict(estimate_gradients(model, batches, names, EstimationOptions(loss_fn=small)))
     exact = Stack().double().eval()
     exact.after.weight.data.mul_(1e-4)
     small_loss = exact(torch.cat(batches).double()).squeeze(1) * 5e-4

@@ -156,7 +156,7 @@ def test_lora_one_needs_batches_but_no_learning_rate():
 def test_ablations_on_a_model(name):
     data = batches("roberta") if name != "kaiming-svd" else None
     config = LoRASBConfig(3, ("query",), name, optimal_gradient=name == "scaled-b")
-    model = adapt(build("roberta"), config, data, 1e-2, progress=False)
+    model = adapt(build("roberta"), config, data, learning_rate=1e-2, progress=False)
     model(**batches("roberta")[0]).loss.backward()
     for layer in adapted_layers(model).values():
         assert layer.lora_R.grad.abs().sum() > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasb_kernels.init import estimate_updates
+from lorasb_kernels.init import EstimationOptions, estimate_updates
 from lorasb_kernels.init.estimation.memory import free_memory, release_free_memory
 from tests.init.models import Stack, linear_names, stack_batches, stack_loss
 
@@ -33,8 +33,8 @@ def test_layerwise_releases_memory_after_each_call_and_before_each_block(monkeyp
         "lorasb_kernels.init.estimation.layerwise.release_free_memory", released.append
     )
     model = Stack()
-    options = {"strategy": "layerwise", "loss_fn": stack_loss}
-    list(estimate_updates(model, stack_batches(), linear_names(model), **options))
+    options = EstimationOptions(strategy="layerwise", loss_fn=stack_loss)
+    list(estimate_updates(model, stack_batches(), linear_names(model), options))
     batches, blocks = len(stack_batches()), len(model.blocks)
     assert released == [CPU] * (batches + blocks * (1 + batches))
 

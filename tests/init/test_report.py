@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.init import InitReport, estimate_updates, predict_init
+from lorasb_kernels.init import EstimationOptions, InitReport, estimate_updates, predict_init
 from lorasb_kernels.init.predict import Rates
 from tests.init.models import VOCABULARY, Stack, batches_for, linear_names, llama
 
@@ -116,7 +116,7 @@ def test_predicted_peak_is_within_a_factor_of_two_of_the_measured(strategy):
     names = linear_names(model)
 
     def estimate():
-        for _ in estimate_updates(model, batches, names, strategy=strategy):
+        for _ in estimate_updates(model, batches, names, EstimationOptions(strategy=strategy)):
             pass
 
     estimate()  # what is allocated once stays

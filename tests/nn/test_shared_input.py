@@ -46,7 +46,7 @@ def test_gradcheck():
 
     def function(x, *cores):
         torch.manual_seed(0)
-        return lorasb_group(x, **{**lists, "lora_Rs": cores}, dropout_p=0.3)
+        return lorasb_group(x, **{**lists, "lora_Rs": cores}, dropout=0.3)
 
     assert torch.autograd.gradcheck(function, (x, *lists["lora_Rs"]))
 

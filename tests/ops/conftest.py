@@ -7,7 +7,8 @@ same tests run on it, bf16 and larger shapes included, and the CUDA extension jo
 import pytest
 import torch
 
-from lorasb_kernels.ops.dispatch import BACKENDS, obstacle
+from lorasb_kernels.ops.dispatch import obstacle
+from lorasb_kernels.ops.limits import BACKENDS
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = ["float32", "float16", "bfloat16"]

@@ -45,24 +45,24 @@ def operands(M, N, K, r, dtype, device):
     return x, weight, p, factor
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("M", "K", "r"), SHAPES)
-def test_values(M, K, r, dropout_p, backend, route, dtype, device):
+def test_values(M, K, r, dropout, backend, route, dtype, device):
     N = COLUMNS.get(K, K)
     bias = normal(N, dtype=dtype, device=device, seed=4)
-    seed = dropout_seed(device) if dropout_p else None
+    seed = dropout_seed(device) if dropout else None
     arguments = operands(M, N, K, r, dtype, device)
-    (y,) = check(expand, backend, *arguments, bias, dropout_p, seed)
+    (y,) = check(expand, backend, *arguments, bias, dropout, seed)
     assert y.shape == (M, N)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_transposed_views_as_for_the_input_gradient(dropout_p, backend, route, dtype, device):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_transposed_views_as_for_the_input_gradient(dropout, backend, route, dtype, device):
     M, N, K, r = 33, 70, 96, 24
     x, weight, p, factor = operands(2 * M, N, K + 4, r, dtype, device)
     weight, factor = weight[:, :K].T.contiguous().T, factor.T.contiguous().T
-    seed = dropout_seed(device) if dropout_p else None
-    check(expand, backend, x[::2, 3:-1], weight, p[::2], factor, None, dropout_p, seed)
+    seed = dropout_seed(device) if dropout else None
+    check(expand, backend, x[::2, 3:-1], weight, p[::2], factor, None, dropout, seed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -75,13 +75,13 @@ def test_low_precision_is_within_the_contract_of_eager(dtype):
     )
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_gradcheck(dropout_p):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck(dropout):
     arguments = operands()
 
     def function(x, lora_R):
         torch.manual_seed(3)
-        return lorasb_linear(**{**arguments, "x": x, "lora_R": lora_R}, dropout_p=dropout_p)
+        return lorasb_linear(**{**arguments, "x": x, "lora_R": lora_R}, dropout=dropout)
 
     assert torch.autograd.gradcheck(function, (arguments["x"], arguments["lora_R"]))
 
@@ -214,14 +214,14 @@ class TestDropout:
         bits = random_bits(100, 1, torch.tensor([key])).view(-1).tolist()
         assert bits == [squares32(i) for i in range(100)]
 
-    @pytest.mark.parametrize("dropout_p", [0.05, 0.5, 0.9])
-    def test_the_share_dropped_is_p(self, dropout_p):
+    @pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
+    def test_the_share_dropped_is_p(self, dropout):
         count = 400_000
-        kept = keep_mask(count // 8, 8, dropout_p, torch.tensor([987654321987654321]))
-        deviation = math.sqrt(dropout_p * (1 - dropout_p) / count)
-        assert abs(kept.double().mean().item() - (1 - dropout_p)) < 4.5 * deviation
+        kept = keep_mask(count // 8, 8, dropout, torch.tensor([987654321987654321]))
+        deviation = math.sqrt(dropout * (1 - dropout) / count)
+        assert abs(kept.double().mean().item() - (1 - dropout)) < 4.5 * deviation
         neighbours = (kept[:, 1:] & kept[:, :-1]).double().mean().item()
-        assert abs(neighbours - (1 - dropout_p) ** 2) < 6 * deviation
+        assert abs(neighbours - (1 - dropout) ** 2) < 6 * deviation
 
     def test_threshold_never_reaches_the_32_bit_limit(self):
         assert keep_threshold(0.0) == 0
@@ -232,19 +232,19 @@ class TestDropout:
         arguments = operands()
         frozen = {**arguments, "lora_R": torch.zeros(4, 4, dtype=torch.float64)}
         torch.testing.assert_close(
-            lorasb_linear(**frozen, dropout_p=0.9), lorasb_linear(**frozen), rtol=0, atol=0
+            lorasb_linear(**frozen, dropout=0.9), lorasb_linear(**frozen), rtol=0, atol=0
         )
-        evaluated = lorasb_linear(**arguments, dropout_p=0.9, training=False)
+        evaluated = lorasb_linear(**arguments, dropout=0.9, training=False)
         assert torch.equal(evaluated, lorasb_linear(**arguments))
-        assert not torch.equal(lorasb_linear(**arguments, dropout_p=0.9), evaluated)
+        assert not torch.equal(lorasb_linear(**arguments, dropout=0.9), evaluated)
 
     def test_follows_the_global_generator(self):
         arguments = operands()
         torch.manual_seed(5)
-        first = lorasb_linear(**arguments, dropout_p=0.5)
-        second = lorasb_linear(**arguments, dropout_p=0.5)
+        first = lorasb_linear(**arguments, dropout=0.5)
+        second = lorasb_linear(**arguments, dropout=0.5)
         torch.manual_seed(5)
-        assert torch.equal(first, lorasb_linear(**arguments, dropout_p=0.5))
+        assert torch.equal(first, lorasb_linear(**arguments, dropout=0.5))
         assert not torch.equal(first, second)
 
 
@@ -265,8 +265,8 @@ class TestDropout:
         ({"bias": torch.ones(16, device="meta").double()}, ValueError, "bias is on meta"),
         ({"scaling": math.inf}, ValueError, "scaling is inf"),
         ({"scaling": "1"}, TypeError, "scaling is a str"),
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0; expected 0 <= dropout_p < 1"),
-        ({"dropout_p": math.nan}, ValueError, "dropout_p is nan"),
+        ({"dropout": 1.0}, ValueError, r"dropout is 1.0; expected 0 <= dropout < 1"),
+        ({"dropout": math.nan}, ValueError, "dropout is nan"),
         ({"backend": "cublas"}, ValueError, "backend is 'cublas'; expected one of 'auto'"),
     ],
 )

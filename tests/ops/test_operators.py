@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasb_kernels.functional import lorasb_linear
-from lorasb_kernels.ops.dispatch import BACKENDS
+from lorasb_kernels.ops.limits import BACKENDS
 from tests.ops.operands import dropout_seed, normal
 
 M, N, K, R = 9, 12, 40, 5
@@ -40,8 +40,8 @@ def test_opcheck(operation, dropout, backend, device):
     torch.library.opcheck(operator, arguments(operation, device, dropout))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_one_graph_for_every_number_of_rows(dropout_p, backend, device):
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_one_graph_for_every_number_of_rows(dropout, backend, device):
     compiler = "inductor" if device.type == "cuda" else "aot_eager"
     compiled = torch.compile(lorasb_linear, fullgraph=True, dynamic=True, backend=compiler)
     torch._dynamo.reset()
@@ -57,7 +57,7 @@ def test_one_graph_for_every_number_of_rows(dropout_p, backend, device):
                     for shape in ((N, K), (R, K), (N, R))
                 ]
                 weight, lora_A, lora_B = frozen
-                y = function(x, weight, lora_A, core, lora_B, dropout_p=dropout_p, backend=backend)
+                y = function(x, weight, lora_A, core, lora_B, dropout=dropout, backend=backend)
                 y.square().sum().backward()
                 results.append((y.detach(), x.grad, core.grad))
             for ours, eager in zip(*results, strict=True):
@@ -75,7 +75,7 @@ def test_gradients_of_a_layer_equal_the_reference(backend, device):
             normal(*shape, dtype=torch.float32, device=device, seed=2) / 8
             for shape in ((50, 70), (24, 70), (50, 24))
         )
-        y = lorasb_linear(x, weight, lora_A, core, lora_B, dropout_p=0.2, backend=name)
+        y = lorasb_linear(x, weight, lora_A, core, lora_B, dropout=0.2, backend=name)
         y.sin().sum().backward()
         gradients[name] = (y.detach(), x.grad, core.grad)
     for ours, plain in zip(*gradients.values(), strict=True) if backend != "reference" else ():

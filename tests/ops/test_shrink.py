@@ -19,11 +19,11 @@ def operands(M, n, r, dtype, device):
     return x, lora_A, lora_R
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("M", "n", "r"), SHAPES)
-def test_values(M, n, r, dropout_p, backend, dtype, device):
-    seed = dropout_seed(device) if dropout_p else None
-    h, p = check(shrink, backend, *operands(M, n, r, dtype, device), SCALING, dropout_p, seed)
+def test_values(M, n, r, dropout, backend, dtype, device):
+    seed = dropout_seed(device) if dropout else None
+    h, p = check(shrink, backend, *operands(M, n, r, dtype, device), SCALING, dropout, seed)
     assert h.shape == p.shape == (M, r)
 
 

@@ -56,16 +56,16 @@ def test_gradients_of_every_combination(trained, absent_core):
         torch.testing.assert_close(gradient, gradients(plain)[name], msg=name)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("absent_core", [False, True])
-def test_gradcheck(absent_core, dropout_p):
+def test_gradcheck(absent_core, dropout):
     arguments = factors(FACTORS, absent_core, M=5, n=9, m=6, r=3)
     names = [name for name, t in arguments.items() if t is not None and t.requires_grad]
 
     def function(*values):
         torch.manual_seed(3)
         changed = dict(zip(names, values, strict=True))
-        return lorasb_linear(**{**arguments, **changed}, scaling=0.7, dropout_p=dropout_p)
+        return lorasb_linear(**{**arguments, **changed}, scaling=0.7, dropout=dropout)
 
     assert torch.autograd.gradcheck(function, [arguments[name] for name in names])
 
@@ -158,7 +158,7 @@ def test_autocast_keeps_the_gradients_of_fp32_factors_exact():
 def test_dropout_masks_the_input_of_the_gradient_of_A():
     arguments = factors(("lora_A", "lora_B"), True)
     torch.manual_seed(5)
-    y = lorasb_linear(**arguments, dropout_p=0.4)
+    y = lorasb_linear(**arguments, dropout=0.4)
     torch.manual_seed(5)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
     dropped = arguments["x"].detach() * keep_mask(7, 24, 0.4, seed) / 0.6

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lorasb_kernels.init.estimation.losses import IGNORED
 from lorasb_kernels.train.batching import Collator, LengthGroupedSampler, pack
-from lorasb_kernels.train.encoding import IGNORED, Encoded, Encoder
+from lorasb_kernels.train.encoding import Encoded, Encoder
 from lorasb_kernels.train.loss import sample_mean_loss, token_losses
 from tests.train.conftest import sums
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from lorasb_kernels.init.estimation.losses import IGNORED
 from lorasb_kernels.train.data import Example, Labelled
-from lorasb_kernels.train.encoding import IGNORED, Encoder
+from lorasb_kernels.train.encoding import Encoder
 
 CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}Response :"
 

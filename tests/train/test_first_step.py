@@ -23,7 +23,7 @@ def loss_after_one_step(init: str, batch: dict[str, torch.Tensor]) -> float:
         torch.manual_seed(0)  # the head is new and random: the same for both
         model = hf.AutoModelForSequenceClassification.from_pretrained(assets.minilm(), num_labels=2)
     model.eval()
-    adapt(model, LoRASBConfig(8, init=init), [batch], RATE, progress=False)
+    adapt(model, LoRASBConfig(8, init=init), [batch], learning_rate=RATE, progress=False)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=RATE)
     model(**batch).loss.backward()
     optimizer.step()

@@ -46,12 +46,12 @@ class Case:
 
     def dropout(self, rows: int, columns: int):
         """p, the seed of the mask (None without dropout) and the mask on the CPU."""
-        dropout_p = self.draw(draws.dropouts())
-        if dropout_p == 0:
+        dropout = self.draw(draws.dropouts())
+        if dropout == 0:
             return 0.0, None, formulas.EYE
         torch.manual_seed(self.seed)
         seed = new_seed(self.device)
-        return dropout_p, seed, keep_mask(rows, columns, dropout_p, seed.cpu())
+        return dropout, seed, keep_mask(rows, columns, dropout, seed.cpu())
 
 
 def judged(case: Case, run: Callable, formula: Callable, *operands) -> list[Verdict]:
@@ -122,9 +122,9 @@ def try_expand(case: Case, backend: str) -> list[Verdict]:
     p = case.operand(M, r)
     factor = case.operand(N, r, layouts=EITHER)
     bias = case.operand(N) if case.draw(st.booleans()) else None
-    dropout_p, seed, mask = case.dropout(M, N)
-    run = lambda: expand(x, weight, p, factor, bias, dropout_p, seed, backend)  # noqa: E731
-    return judged(case, run, formulas.expand, x, weight, p, factor, bias, mask, dropout_p)
+    dropout, seed, mask = case.dropout(M, N)
+    run = lambda: expand(x, weight, p, factor, bias, dropout, seed, backend)  # noqa: E731
+    return judged(case, run, formulas.expand, x, weight, p, factor, bias, mask, dropout)
 
 
 def leading_dimensions(case: Case) -> tuple[int, ...]:
@@ -152,11 +152,11 @@ def try_lorasb_linear(case: Case, backend: str) -> list[Verdict]:
     x = case.operand(*tokens, n, layouts=ANY).requires_grad_()
     *frozen, dy = layer(case, tokens, n, r, plain=False)
     s = case.draw(draws.scalings())
-    dropout_p, _, mask = case.dropout(math.prod(tokens), n)
+    dropout, _, mask = case.dropout(math.prod(tokens), n)
 
     def run():
         torch.manual_seed(case_seed)
-        y = functional.lorasb_linear(x, *frozen, s, dropout_p, backend=backend)
+        y = functional.lorasb_linear(x, *frozen, s, dropout, backend=backend)
         assert y.shape == dy.shape
         dx, dR = torch.autograd.grad(y, (x, frozen[2]), dy)
         assert dx.shape == x.shape
@@ -164,7 +164,7 @@ def try_lorasb_linear(case: Case, backend: str) -> list[Verdict]:
 
     case_seed = case.seed
     flat = (x.reshape(-1, n), *frozen, dy.reshape(-1, dy.shape[-1]))
-    return judged(case, run, formulas.lorasb_linear, *flat, s, mask, dropout_p)
+    return judged(case, run, formulas.lorasb_linear, *flat, s, mask, dropout)
 
 
 def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
@@ -177,18 +177,18 @@ def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
     x = case.operand(*tokens, n, layouts=ANY, largest=False).requires_grad_()
     layers = [layer(case, tokens, n, r, plain=True) for _ in range(case.draw(st.integers(1, 3)))]
     s = case.draw(draws.scalings())
-    dropout_p, _, mask = case.dropout(math.prod(tokens), n)
+    dropout, _, mask = case.dropout(math.prod(tokens), n)
     weights, As, Rs, Bs, biases, dys = zip(*layers, strict=True)
 
     def run():
         torch.manual_seed(case_seed)
-        ys = functional.lorasb_group(x, weights, As, Rs, Bs, biases, s, dropout_p, backend=backend)
+        ys = functional.lorasb_group(x, weights, As, Rs, Bs, biases, s, dropout, backend=backend)
         dx, *dRs = torch.autograd.grad(ys, (x, *Rs), dys)
         return *(y.reshape(-1, y.shape[-1]) for y in ys), dx.reshape(-1, n), *dRs
 
     case_seed = case.seed
     flat = [(*frozen, dy.reshape(-1, dy.shape[-1])) for *frozen, dy in layers]
-    return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, mask, dropout_p)
+    return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, mask, dropout)
 
 
 def try_lora(case: Case, backend: str) -> list[Verdict]:
@@ -202,19 +202,19 @@ def try_lora(case: Case, backend: str) -> list[Verdict]:
     bias = case.operand(m) if case.draw(st.booleans()) else None
     dy = case.operand(*tokens, m, layouts=ANY)
     s = case.draw(draws.scalings())
-    dropout_p, mask = 0.0, formulas.EYE
+    dropout, mask = 0.0, formulas.EYE
     if backend != "cuda":  # which refuses dropout before a trained A
-        dropout_p, _, mask = case.dropout(math.prod(tokens), n)
+        dropout, _, mask = case.dropout(math.prod(tokens), n)
 
     def run():
         torch.manual_seed(case_seed)
-        y = functional.lorasb_linear(x, weight, A, None, B, bias, s, dropout_p, backend=backend)
+        y = functional.lorasb_linear(x, weight, A, None, B, bias, s, dropout, backend=backend)
         dx, dA, dB = torch.autograd.grad(y, (x, A, B), dy)
         return y.reshape(-1, m), dx.reshape(-1, n), dA, dB
 
     case_seed = case.seed
     flat = (x.reshape(-1, n), weight, A, B, bias, dy.reshape(-1, m))
-    return judged(case, run, formulas.lora, *flat, s, mask, dropout_p)
+    return judged(case, run, formulas.lora, *flat, s, mask, dropout)
 
 
 def try_factor_gradient(case: Case, backend: str) -> list[Verdict]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels import LoRASBConfig, adapt
+from lorasb_kernels.init import EstimationOptions
 from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.targets import adapted_layers
 from tests.ops.conftest import ON_GPU
@@ -47,7 +48,14 @@ def problem(dtype: torch.dtype, device: torch.device):
         return nn.functional.mse_loss(model(batch["x"].to(dtype)).float(), batch["y"])
 
     config = LoRASBConfig(r=RANK, target_modules=("0", "2"))
-    adapt(student, config, [{"x": x, "y": y}], 1e-3, loss_fn, progress=False)
+    adapt(
+        student,
+        config,
+        [{"x": x, "y": y}],
+        learning_rate=1e-3,
+        estimation=EstimationOptions(loss_fn=loss_fn),
+        progress=False,
+    )
     return student.to(device), x.to(device), y.to(device)
 
 

@@ -7,32 +7,32 @@ Three strategies give the same sums with different memory and work: see `residen
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasb_kernels.config import STRATEGIES
 from lorasb_kernels.init.estimation import ranks
 from lorasb_kernels.init.estimation.blocks import find_blocks
 from lorasb_kernels.init.estimation.frozen_eval import random_state_kept
 from lorasb_kernels.init.estimation.grouped import grouped
 from lorasb_kernels.init.estimation.layerwise import layerwise
 from lorasb_kernels.init.estimation.memory import accumulator_bytes, free_memory
+from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.estimation.resident import resident
 from lorasb_kernels.init.estimation.sums import Estimation
 from lorasb_kernels.init.sign_matrix import SignMatrix
+
+DEFAULTS = EstimationOptions()
 
 
 def estimate_updates(
     model: nn.Module,
     batches: Iterable[Any],
     targets: Iterable[str],
+    options: EstimationOptions = DEFAULTS,
     *,
-    strategy: str = "auto",
-    memory_budget: int | None = None,
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, SignMatrix]]:
     """Yields each target layer's name and the sign of its summed gradient, one at a time.
@@ -40,15 +40,7 @@ def estimate_updates(
     The order is the strategy's. Arguments and errors are those of `estimate_gradients`;
     an update descends, so it is minus this sign.
     """
-    gradients = estimate_gradients(
-        model,
-        batches,
-        targets,
-        strategy=strategy,
-        memory_budget=memory_budget,
-        loss_fn=loss_fn,
-        progress=progress,
-    )
+    gradients = estimate_gradients(model, batches, targets, options, progress=progress)
     return ((name, SignMatrix.from_dense(gradient)) for name, gradient in gradients)
 
 
@@ -56,10 +48,8 @@ def estimate_gradients(
     model: nn.Module,
     batches: Iterable[Any],
     targets: Iterable[str],
+    options: EstimationOptions = DEFAULTS,
     *,
-    strategy: str = "auto",
-    memory_budget: int | None = None,
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields each target layer's name and Σ_i ∂ℓ_i/∂W [m, n], fp32, one at a time.
@@ -76,38 +66,28 @@ def estimate_gradients(
         model: the model; if it is a `DistributedDataParallel`, the module inside is used.
         batches: micro-batches; all are held in a list.
         targets: names of `nn.Linear` layers in `model.named_modules()`.
-        strategy: `"resident"` keeps all accumulators, `"layerwise"` those of one block,
-            `"grouped"` as many as `memory_budget` allows. `"auto"` takes `resident` if
-            its accumulators fit in the budget, else `layerwise`. If `resident` runs
-            out of memory, `layerwise` follows; if blocks cannot be run alone, `grouped`
-            follows; a warning says so each time.
-        memory_budget: bytes for accumulators and, on a GPU, stored block inputs; block inputs
-            beyond it are kept in host memory. None for half of what is free on the layers'
-            device. `resident` takes what it needs.
-        loss_fn: `loss_fn(model, batch)` returns per-sample losses [batch], or their mean
-            as a scalar, which then counts as often as the batch has samples: the first
-            dimension of its `labels`, else of its first tensor. None for
-            `per_sample_loss`, which knows the usual transformers heads.
+        options: loss, strategy and memory budget.
         progress: show a progress bar, if tqdm is installed.
 
     Raises:
         TypeError: an argument or target of the wrong type; FSDP-sharded parameters; a
-            model whose loss is not known when `loss_fn` is None.
-        ValueError: no batches, no or unknown targets, an unknown strategy, a budget below
-            the largest layer's accumulator, no labels, a loss that is None or does not
-            require grad; gradients that are zero in every layer (raised last).
+            model whose loss is not known when `options.loss_fn` is None.
+        ValueError: no batches, no or unknown targets, a budget below the largest layer's
+            accumulator, no labels, a loss that is None or does not require grad; gradients
+            that are zero in every layer (raised last).
         FloatingPointError: a loss or gradient that is not finite; names batch and layer.
         RuntimeError: estimation failed on another rank.
     """
+    if not isinstance(options, EstimationOptions):
+        raise TypeError(f"options is a {type(options).__name__}; expected EstimationOptions")
     model = _unwrapped(model)
     layers = _target_layers(model, targets)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
     device = next(iter(layers.values())).weight.device
     with ranks.in_step(device), random_state_kept():
         batches = _listed(batches)
-    estimation = Estimation(model, layers, batches, loss_fn, memory_budget, progress)
+    estimation = Estimation(model, layers, batches, options, progress)
     budget = _budget(estimation)
+    strategy = options.strategy
     if strategy == "auto":
         strategy = _choose(estimation, budget)
     return _run(estimation, strategy, budget)
@@ -158,13 +138,13 @@ def _choose(estimation: Estimation, budget: int | None) -> str:
 def _budget(estimation: Estimation) -> int | None:
     """The caller's budget, else half the least free memory of any rank; None if unknown."""
     largest = max(map(accumulator_bytes, estimation.layers.values()))
-    budget = estimation.memory_budget
+    budget = estimation.options.memory_budget
     if budget is None:
         free = free_memory(estimation.device)
         return None if free is None else int(ranks.minimum(free // 2, estimation.device))
-    if not isinstance(budget, int) or budget < largest:
+    if budget < largest:
         raise ValueError(
-            f"memory_budget is {budget!r}; expected at least {largest} bytes, "
+            f"memory_budget is {budget}; expected at least {largest} bytes, "
             "the accumulator of the largest target layer"
         )
     return budget

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED = -100
+IGNORED = -100  # a label that carries no loss, as in torch's cross-entropy
 
 TOKEN_LOSSES = ("ForMaskedLM", "ForTokenClassification")
 SEQUENCE_LOSSES = ("ForSequenceClassification", "ForImageClassification")
@@ -153,4 +153,4 @@ def _sequence_losses(logits: torch.Tensor, labels: torch.Tensor, config: Any) ->
     return loss(logits, labels, reduction="none").mean(1)
 
 
-__all__ = ["per_sample_loss", "sample_count", "summed_loss"]
+__all__ = ["IGNORED", "per_sample_loss", "sample_count", "summed_loss"]

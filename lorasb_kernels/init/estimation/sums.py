@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from lorasb_kernels.init.estimation import ranks
 from lorasb_kernels.init.estimation.frozen_eval import estimation_mode
 from lorasb_kernels.init.estimation.gradient_sums import GradientSums
 from lorasb_kernels.init.estimation.losses import summed_loss
+from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.quantization import weight_dtype
 from lorasb_kernels.utils.progress import progress_bar
 
@@ -29,9 +30,7 @@ class Estimation:
         model: the model.
         layers: the target layers by name.
         batches: this rank's micro-batches.
-        loss_fn: see `summed_loss`.
-        memory_budget: bytes for what a strategy keeps beyond the model and a
-            micro-batch's own activations; None for what is free.
+        options: loss, strategy and memory budget.
         progress: show a progress bar.
     """
 
@@ -40,17 +39,15 @@ class Estimation:
         model: nn.Module,
         layers: dict[str, nn.Linear],
         batches: list[Any],
-        loss_fn: Callable | None,
-        memory_budget: int | None,
+        options: EstimationOptions,
         progress: bool,
     ):
         self.model, self.layers, self.batches = model, layers, batches
-        self.memory_budget, self.progress = memory_budget, progress
+        self.options, self.progress = options, progress
         self.sums = GradientSums(layers)
         self.device = next(iter(layers.values())).weight.device
         half = any(weight_dtype(layer) == torch.float16 for layer in layers.values())
         self._loss_scale = FLOAT16_LOSS_SCALE if half else 1.0
-        self._loss_fn = loss_fn
         self._zero: list[str] = []
 
     @contextmanager
@@ -69,7 +66,7 @@ class Estimation:
 
     def loss(self, index: int) -> torch.Tensor:
         """The summed loss of micro-batch `index`, scaled; runs the forward pass."""
-        total = summed_loss(self.model, self.batches[index], self._loss_fn, index)
+        total = summed_loss(self.model, self.batches[index], self.options.loss_fn, index)
         return total if self._loss_scale == 1 else total.float() * self._loss_scale
 
     def bar(self, total: int, strategy: str):

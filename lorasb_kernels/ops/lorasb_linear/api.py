@@ -19,7 +19,7 @@ def lorasb_linear(
     lora_B: torch.Tensor,
     bias: torch.Tensor | None = None,
     scaling: float = 1.0,
-    dropout_p: float = 0.0,
+    dropout: float = 0.0,
     training: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -42,7 +42,7 @@ def lorasb_linear(
         lora_B: [m, r], as `lora_A`.
         bias: [m], frozen, or None.
         scaling: s, finite.
-        dropout_p: probability, in [0, 1), that an element of the adapter's input is
+        dropout: probability, in [0, 1), that an element of the adapter's input is
             zeroed; the rest are divided by 1 − p.
         training: dropout applies only when True.
         backend: `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
@@ -66,7 +66,7 @@ def lorasb_linear(
         (lora_B,),
         (bias,),
         scaling,
-        dropout_p,
+        dropout,
         training,
         backend,
     )
@@ -81,7 +81,7 @@ def lorasb_group(
     lora_Bs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     scaling: float = 1.0,
-    dropout_p: float = 0.0,
+    dropout: float = 0.0,
     training: bool = True,
     backend: str = "auto",
     stacked_A: torch.Tensor | None = None,
@@ -96,7 +96,7 @@ def lorasb_group(
         x: [..., n].
         weights, lora_As, lora_Rs, lora_Bs, biases: the operands of each layer, as
             `lorasb_linear` takes them; one rank r with G·r ≤ 512, any numbers of outputs.
-        scaling, dropout_p, training, backend: as in `lorasb_linear`, common to the layers.
+        scaling, dropout, training, backend: as in `lorasb_linear`, common to the layers.
         stacked_A: `torch.cat(lora_As)`, [G·r, n], if the caller keeps it; ignored if one of
             them is trained.
 
@@ -115,14 +115,14 @@ def lorasb_group(
         lora_As, lora_Bs = ([_under_autocast(f, dtype) for f in fs] for fs in (lora_As, lora_Bs))
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
         stacked_A = None if stacked_A is None else _under_autocast(stacked_A, dtype)
-    check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout_p)
+    check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout)
     backend = resolve_backend(backend, x.device, x.dtype)
-    check_backend(backend, lora_As, dropout_p if training else 0.0)
+    check_backend(backend, lora_As, dropout if training else 0.0)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    dropout_p = float(dropout_p) if training else 0.0
-    seed = new_seed(x.device) if dropout_p > 0 else None
+    dropout = float(dropout) if training else 0.0
+    seed = new_seed(x.device) if dropout > 0 else None
     if stacked_A is None or any(lora_A.requires_grad for lora_A in lora_As):
         stacked_A = lora_As[0] if len(lora_As) == 1 else torch.cat(tuple(lora_As))
     # Without a core R is the identity. Applied in registers it adds a share of r/n to the work of a
@@ -136,7 +136,7 @@ def lorasb_group(
         rows,
         stacked_A,
         float(scaling),
-        dropout_p,
+        dropout,
         seed,
         backend,
         *cores,

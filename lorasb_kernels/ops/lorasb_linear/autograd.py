@@ -31,18 +31,18 @@ from lorasb_kernels.ops.shrink import shrink
 
 
 class LoRASBFunction(torch.autograd.Function):
-    """`apply(x, stacked_A, scaling, dropout_p, seed, backend, *Rs, *Ws, *Bs, *biases)`.
+    """`apply(x, stacked_A, scaling, dropout, seed, backend, *Rs, *Ws, *Bs, *biases)`.
 
     x is [M, n] with a contiguous last dimension; a W may be a `FrozenLayer`. Returns a tuple of G
     outputs [M, mᵢ].
     """
 
     @staticmethod
-    def forward(ctx, x, stacked_A, scaling, dropout_p, seed, backend, *operands):
+    def forward(ctx, x, stacked_A, scaling, dropout, seed, backend, *operands):
         count = len(operands) // 4
         cores, weights, lora_Bs, biases = _runs(operands, count, 4)
         core = cores[0] if count == 1 else torch.block_diag(*cores)
-        h, p = shrink(x, stacked_A.to(x.dtype), core, scaling, dropout_p, seed, backend)
+        h, p = shrink(x, stacked_A.to(x.dtype), core, scaling, dropout, seed, backend)
         ys = tuple(
             adapted_product(x, weight, p_i, lora_B.to(x.dtype), bias, backend)
             for weight, p_i, lora_B, bias in zip(
@@ -61,7 +61,7 @@ class LoRASBFunction(torch.autograd.Function):
             *lora_Bs,
         )
         ctx.frozen = [w if isinstance(w, FrozenLayer) else None for w in weights]
-        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.count = scaling, dropout_p, backend, count
+        ctx.scaling, ctx.dropout, ctx.backend, ctx.count = scaling, dropout, backend, count
         return ys
 
     @staticmethod
@@ -92,11 +92,11 @@ class LoRASBFunction(torch.autograd.Function):
         if trained.x or trained.A:
             q = qs[0] if ctx.count == 1 else torch.cat(qs, dim=1)
         if trained.A:
-            dA = factor_gradient(q, x, ctx.dropout_p, seed, ctx.backend)
+            dA = factor_gradient(q, x, ctx.dropout, seed, ctx.backend)
         if trained.x:
             factor = stacked_A.to(q.dtype).T
             weight = dense(weights[0], q.dtype)
-            dx = expand(dys[0], weight.T, q, factor, None, ctx.dropout_p, seed, ctx.backend)
+            dx = expand(dys[0], weight.T, q, factor, None, ctx.dropout, seed, ctx.backend)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, dense(weight, dy.dtype))
         nothing = [None] * ctx.count

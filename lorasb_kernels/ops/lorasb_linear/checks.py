@@ -4,13 +4,12 @@ import math
 
 import torch
 
+from lorasb_kernels.ops.limits import MAX_RANK
 from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
-
-MAX_RANK = 512
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from lorasb_kernels.ops.precision import FLOAT_DTYPES
 
 
-def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout_p) -> None:
+def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout) -> None:
     """Checks the operands of every layer on `x`; the lists are those of `lorasb_group`."""
     lists = {"lora_As": lora_As, "lora_Rs": lora_Rs, "lora_Bs": lora_Bs, "biases": biases}
     if not weights:
@@ -28,13 +27,13 @@ def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, drop
             f"lora_As has {len(weights)} layers of rank {max(ranks)}; "
             f"expected at most {MAX_RANK} ranks in all"
         )
-    for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
+    for name, value in (("scaling", scaling), ("dropout", dropout)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
     if not abs(scaling) < math.inf:  # NaN too; traceable when torch.compile makes it symbolic
         raise ValueError(f"scaling is {scaling}; expected a finite number")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
 
 
 def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
@@ -103,13 +102,13 @@ def _check_dtypes(tensors: dict[str, torch.Tensor], any_factor: bool) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {names}")
 
 
-def check_backend(backend: str, lora_As, dropout_p: float) -> None:
+def check_backend(backend: str, lora_As, dropout: float) -> None:
     """Raises RuntimeError if `backend` cannot compute the gradient of a trained factor."""
-    if backend == "cuda" and dropout_p > 0 and any(lora_A.requires_grad for lora_A in lora_As):
+    if backend == "cuda" and dropout > 0 and any(lora_A.requires_grad for lora_A in lora_As):
         raise RuntimeError(
             "backend='cuda' cannot run: its kernel for the gradient of lora_A has no dropout; "
-            "expected lora_A frozen, dropout_p = 0 or another backend"
+            "expected lora_A frozen, dropout = 0 or another backend"
         )
 
 
-__all__ = ["MAX_RANK", "check_arguments", "check_backend"]
+__all__ = ["check_arguments", "check_backend"]

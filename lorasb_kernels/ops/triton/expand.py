@@ -22,10 +22,8 @@ from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.expand_route import choose_route
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
-from lorasb_kernels.ops.triton.tiles import ExpandTile
+from lorasb_kernels.ops.triton.tiles import EXPAND_BLOCK_R, ExpandTile
 from lorasb_kernels.ops.two_call import two_call
-
-BLOCK_R = 32
 
 
 @triton.jit
@@ -98,23 +96,23 @@ def expand_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
 
 
-def fused_expand(x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile) -> torch.Tensor:
+def fused_expand(x, weight, p, factor, bias, dropout, seed, tile: ExpandTile) -> torch.Tensor:
     """`expand` in one launch."""
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product=True)
+    _launch(x, weight, p, factor, bias, y, dropout, seed, tile, frozen_product=True)
     return y
 
 
-def two_call_expand(x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile) -> torch.Tensor:
+def two_call_expand(x, weight, p, factor, bias, dropout, seed, tile: ExpandTile) -> torch.Tensor:
     """`expand` as two products; with dropout the first is the kernel's, in `tile`."""
-    if dropout_p == 0:
+    if dropout == 0:
         return two_call(x, weight, p, factor, bias)
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    _launch(None, None, p, factor, bias, y, dropout_p, seed, tile, frozen_product=False)
+    _launch(None, None, p, factor, bias, y, dropout, seed, tile, frozen_product=False)
     return y.addmm_(x, weight.T)
 
 
-def _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product):
+def _launch(x, weight, p, factor, bias, y, dropout, seed, tile, frozen_product):
     M, N = y.shape
     if M == 0:
         return
@@ -135,12 +133,12 @@ def _launch(x, weight, p, factor, bias, y, dropout_p, seed, tile, frozen_product
             *(x.stride() if frozen_product else (0, 0)),
             *(weight.stride() if frozen_product else (0, 0)),
             *factor.stride(),
-            1 / (1 - dropout_p),
-            keep_threshold(dropout_p),
+            1 / (1 - dropout),
+            keep_threshold(dropout),
             FROZEN_PRODUCT=frozen_product,
             BIAS=bias is not None,
-            DROPOUT=dropout_p > 0,
-            BLOCK_R=BLOCK_R,
+            DROPOUT=dropout > 0,
+            BLOCK_R=EXPAND_BLOCK_R,
             GROUP_M=GROUP_M,
             PRECISION=dot_precision(y.dtype),
             **tile.launch_options(),
@@ -155,10 +153,10 @@ RUN = {
 
 
 @autocast_disabled
-def expand(x, weight, p, factor, bias, dropout_p, seed):
+def expand(x, weight, p, factor, bias, dropout, seed):
     p = p.contiguous()
-    route = choose_route(x, weight, p, factor, dropout_p > 0)
-    return RUN[route.name](x, weight, p, factor, bias, dropout_p, seed, route.tile)
+    route = choose_route(x, weight, p, factor, dropout > 0)
+    return RUN[route.name](x, weight, p, factor, bias, dropout, seed, route.tile)
 
 
 __all__ = ["RUN", "expand", "expand_kernel", "fused_expand", "two_call_expand"]

@@ -25,9 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
-from lorasb_kernels.ops.triton.tiles import ExpandTile
-
-BLOCK_R = 32
+from lorasb_kernels.ops.triton.tiles import EXPAND_BLOCK_R, ExpandTile
 
 
 @triton.jit
@@ -86,9 +84,7 @@ def load_columns(desc, column, k, TRANSPOSED: tl.constexpr):
     return desc.load([k, column]) if TRANSPOSED else desc.load([column, k]).T
 
 
-def descriptor_expand(
-    x, weight, p, factor, bias, dropout_p, seed, tile: ExpandTile
-) -> torch.Tensor:
+def descriptor_expand(x, weight, p, factor, bias, dropout, seed, tile: ExpandTile) -> torch.Tensor:
     """`expand` in one launch; all matrices, including the result, must be `describable`."""
     (M, K), N, r = x.shape, weight.shape[0], p.shape[1]
     y = x.new_empty((M, N))
@@ -96,8 +92,8 @@ def descriptor_expand(
         return y
     x_desc, _ = _describe(x, tile.BLOCK_M, tile.BLOCK_K)
     weight_desc, weight_transposed = _describe(weight, tile.BLOCK_N, tile.BLOCK_K)
-    p_desc, _ = _describe(p, tile.BLOCK_M, BLOCK_R)
-    factor_desc, factor_transposed = _describe(factor, tile.BLOCK_N, BLOCK_R)
+    p_desc, _ = _describe(p, tile.BLOCK_M, EXPAND_BLOCK_R)
+    factor_desc, factor_transposed = _describe(factor, tile.BLOCK_N, EXPAND_BLOCK_R)
     y_desc, _ = _describe(y, tile.BLOCK_M, tile.BLOCK_N)
     tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
     with launch_guard(y):
@@ -113,13 +109,13 @@ def descriptor_expand(
             N,
             K,
             r,
-            1 / (1 - dropout_p),
-            keep_threshold(dropout_p),
+            1 / (1 - dropout),
+            keep_threshold(dropout),
             WEIGHT_TRANSPOSED=weight_transposed,
             FACTOR_TRANSPOSED=factor_transposed,
             BIAS=bias is not None,
-            DROPOUT=dropout_p > 0,
-            BLOCK_R=BLOCK_R,
+            DROPOUT=dropout > 0,
+            BLOCK_R=EXPAND_BLOCK_R,
             GROUP_M=GROUP_M,
             PRECISION=dot_precision(y.dtype),
             **tile.launch_options(),

@@ -105,12 +105,12 @@ def factor_gradient_kernel(
         tl.store(out_ptr + i * stride_tile + offsets, total, mask=mask)
 
 
-def factor_gradient(left, rows, dropout_p, seed):
+def factor_gradient(left, rows, dropout, seed):
     (M, k), r = rows.shape, left.shape[1]
     out = torch.empty((r, k), dtype=torch.float32, device=rows.device)
     if M == 0:
         return out.zero_()
-    tile = factor_tile(architecture(rows.device), rows.dtype, r, dropout_p > 0)
+    tile = factor_tile(architecture(rows.device), rows.dtype, r, dropout > 0)
     block_r, tiles = rank_tiles(r)
     column_tiles = triton.cdiv(k, tile.BLOCK_N)
     splits, rows_per_split = factor_splits(column_tiles, M, r, tile, multiprocessors(rows.device))
@@ -133,9 +133,9 @@ def factor_gradient(left, rows, dropout_p, seed):
             rows.stride(0),
             splits,
             rows_per_split,
-            1 / (1 - dropout_p),
-            keep_threshold(dropout_p),
-            DROPOUT=dropout_p > 0,
+            1 / (1 - dropout),
+            keep_threshold(dropout),
+            DROPOUT=dropout > 0,
             SPLIT=splits > 1,
             RANK_TILES=tiles,
             BLOCK_R=block_r,

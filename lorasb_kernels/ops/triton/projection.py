@@ -172,7 +172,7 @@ def project(
     a: torch.Tensor,
     core: torch.Tensor,
     scaling: float,
-    dropout_p: float,
+    dropout: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns h = drop(x) aᵀ and p = s · h coreᵀ, both [M, r] in the dtype of `x`.
@@ -181,7 +181,7 @@ def project(
         x: [M, n], any strides; vectorized loads need a contiguous last dimension.
         a: [r, n], dtype of `x`, any strides.
         core: [r, r], fp32, any strides.
-        scaling, dropout_p, seed: as in `shrink`.
+        scaling, dropout, seed: as in `shrink`.
     """
     M, n = x.shape
     r = a.shape[0]
@@ -217,9 +217,9 @@ def project(
             splits,
             columns_per_split,
             scaling,
-            1 / (1 - dropout_p),
-            keep_threshold(dropout_p),
-            DROPOUT=dropout_p > 0,
+            1 / (1 - dropout),
+            keep_threshold(dropout),
+            DROPOUT=dropout > 0,
             SPLIT=splits > 1,
             RANK_TILES=tiles,
             BLOCK_R=block_r,

@@ -20,8 +20,8 @@ import triton.language as tl
 from lorasb_kernels.ops.dispatch import interpreting
 from lorasb_kernels.ops.triton.bitplanes import expand_words
 from lorasb_kernels.ops.triton.parts import launch_guard
-from lorasb_kernels.ops.triton.sign_tiles import multiprocessors, sign_matmul_tile
-from lorasb_kernels.ops.triton.tiles import architecture
+from lorasb_kernels.ops.triton.sign_tiles import sign_matmul_tile
+from lorasb_kernels.ops.triton.tiles import architecture, multiprocessors
 
 
 @triton.jit

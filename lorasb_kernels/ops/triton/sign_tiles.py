@@ -19,7 +19,6 @@ on sm_90, whose wgmma takes 64; otherwise 32.
 """
 
 import dataclasses
-import functools
 
 import torch
 
@@ -89,14 +88,6 @@ def column_tiles(q: int) -> tuple[int, int]:
     return 32, -(-q // (32 * blocks))
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 elsewhere."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 _INTERPRETER_WEIGHT_GRADIENT = WeightGradientTile(4, 1, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32)
 _SINGLE_WEIGHT_GRADIENT = WeightGradientTile(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)
 WEIGHT_GRADIENT_TILES = {
@@ -113,7 +104,6 @@ __all__ = [
     "PackTile",
     "SignMatmulTile",
     "WeightGradientTile",
-    "multiprocessors",
     "pack_tile",
     "sign_matmul_tile",
     "weight_gradient_tile",

@@ -40,6 +40,8 @@ import functools
 import torch
 
 INTERPRETER = "interpreter"
+# Ranks that a step of the expansion takes, in either kernel of it.
+EXPAND_BLOCK_R = 32
 # The devices that the tables were made for.
 MULTIPROCESSORS = {INTERPRETER: 8, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132}
 
@@ -288,6 +290,7 @@ MASKED_DESCRIPTOR_CANDIDATES = _by_itemsize(
 
 __all__ = [
     "ARCHITECTURES",
+    "EXPAND_BLOCK_R",
     "EXPAND_CANDIDATES",
     "INTERPRETER",
     "MULTIPROCESSORS",

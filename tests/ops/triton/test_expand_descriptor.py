@@ -69,13 +69,13 @@ def operands(M, N, K, r, dtype, device, transposed):
     return x, weight, normal(M, r, dtype=dtype, device=device, seed=2), factor
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("M", "N", "K", "r"), SHAPES)
-def test_values(M, N, K, r, transposed, dropout_p, dtype, device, described):
+def test_values(M, N, K, r, transposed, dropout, dtype, device, described):
     bias = None if transposed else normal(N, dtype=dtype, device=device, seed=4)
-    seed = dropout_seed(device) if dropout_p else None
-    arguments = (*operands(M, N, K, r, dtype, device, transposed), bias, dropout_p, seed)
+    seed = dropout_seed(device) if dropout else None
+    arguments = (*operands(M, N, K, r, dtype, device, transposed), bias, dropout, seed)
     (y,) = check(expand, "triton", *arguments)
     assert described == [TILE, TILE]
     if not ON_GPU:

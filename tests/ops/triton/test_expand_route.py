@@ -138,7 +138,7 @@ def test_measuring_keeps_the_fastest_tile_of_each_route(transposed, monkeypatch)
     monkeypatch.setattr(tune, "_microseconds", timed)
     monkeypatch.setitem(tune.EXPAND_CANDIDATES, 4, (small,))
     monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (small, wide))
-    layer = LayerShape(M=20, m=24, n=40, r=4, dropout_p=0.1)
+    layer = LayerShape(M=20, m=24, n=40, r=4, dropout=0.1)
     key, entry = tune.measure(layer, transposed, torch.float32, CPU)
     assert {name: route["microseconds"] for name, route in entry.items()} == {
         "two_call": 2.0,

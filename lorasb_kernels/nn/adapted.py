@@ -1,0 +1,328 @@
+"""What every adapted layer is: a frozen `nn.Linear` with factors A, R and B."""
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorasb_kernels.functional import FrozenLayer, lorasb_linear
+from lorasb_kernels.nn.masters import masters_kept
+from lorasb_kernels.nn.merging import delta_weight, merged_weight, plain_factors
+from lorasb_kernels.quantization import quantization_of, weight_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AdaptedLinear(nn.Linear):
+    """`y = x (W + s·B·R·A)ᵀ + bias` with W and bias frozen: the base of all adapted layers.
+
+    A subclass says which factors are trained. Those are parameters in fp32 (fp64 with an fp64
+    weight), and stay so under `half()`, `bfloat16()` and `to(dtype)`; the others are buffers in
+    the dtype of the weight. A subclass that does not train R has none: `lora_R` is None.
+
+    Whether the adapter is merged is part of the state: the state dict of a merged layer carries
+    what was merged, and loading one leaves the layer as merged as the saved one was.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        r: rank, at most min(m, n).
+        bias: whether the frozen layer has a bias.
+        scaling: s.
+        dropout: probability that an element of the adapter's input is dropped.
+        backend: `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
+        init: name of the initialization, for display.
+        device: device of the parameters and buffers.
+        dtype: dtype of weight and bias, and of the factors that are not trained.
+
+    Raises:
+        ValueError: r outside 1 … min(m, n), a scaling that is 0 or not finite, dropout
+            outside [0, 1).
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ()
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    lora_R: torch.Tensor | None
+    merged_A: torch.Tensor | None
+    merged_B: torch.Tensor | None
+    original_weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        bias: bool = True,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        init: str = "orthogonal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if not 1 <= r <= min(in_features, out_features):
+            raise ValueError(
+                f"r is {r}; expected 1 <= r <= {min(in_features, out_features)} "
+                f"for a layer of {in_features} inputs and {out_features} outputs"
+            )
+        if not math.isfinite(scaling) or scaling == 0:
+            raise ValueError(f"scaling is {scaling}; expected finite and not 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.r = r
+        self.scaling = scaling
+        self.dropout = dropout
+        self.backend = backend
+        self.init = init
+        self.init_report: Any = None  # of the layers that `adapt` initialized by an SVD
+        self.shared_input: Any = None  # set by `share_inputs`: the siblings computed together
+        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_R": (r, r)}
+        for name, shape in shapes.items():
+            self._register_factor(name, shape)
+        # What was merged, as plain LoRA; None while nothing is.
+        self.register_buffer("merged_A", None)
+        self.register_buffer("merged_B", None)
+        self.register_buffer("original_weight", None, persistent=False)
+
+    def _register_factor(self, name: str, shape: tuple[int, int]) -> None:
+        dtype, device = self.weight.dtype, self.weight.device
+        if name in self.trained:
+            dtype = torch.promote_types(dtype, torch.float32)
+            factor = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            self.register_parameter(name, factor)
+        elif name == "lora_R":
+            self.register_parameter(name, None)
+        else:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """The adapter's factors by name; `lora_R` only if there is a core."""
+        named = {name: getattr(self, name) for name in ("lora_A", "lora_R", "lora_B")}
+        return {name: factor for name, factor in named.items() if factor is not None}
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, r: int, *, reset: bool = True, **options: Any
+    ) -> "Self":
+        """Wraps `linear`; weight and bias share its storage and keep their `requires_grad`.
+
+        Args:
+            linear: the layer to adapt.
+            r: rank.
+            reset: draw the factors with `reset_adapter`; otherwise they are 0 until
+                `set_adapter` gives them.
+            options: keyword arguments of the constructor, from `scaling` to `init`.
+
+        Raises:
+            TypeError: a quantized layer; see `lorasb_kernels.nn.QuantizedLoRASBLinear`.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            r,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=weight_dtype(linear),
+            **options,
+        )
+        layer._hold(linear)
+        for name, factor in layer.factors().items():
+            zeros = torch.zeros_like(factor, device=linear.weight.device)
+            setattr(layer, name, nn.Parameter(zeros) if name in cls.trained else zeros)
+        layer.train(linear.training)
+        if reset and not linear.weight.is_meta:
+            layer.reset_adapter()
+        return layer
+
+    def _hold(self, linear: nn.Linear) -> None:
+        """Uses the frozen weight and bias of `linear`."""
+        if (kind := quantization_of(linear)) is not None:
+            raise TypeError(
+                f"linear is quantized ({kind}); expected a plain nn.Linear, or from_linear() of "
+                f"lorasb_kernels.nn.Quantized{type(self).__name__}"
+            )
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer that computes the same thing, sharing this one's (merged) weight.
+
+        Raises:
+            RuntimeError: the adapter is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the adapter is not merged; expected merge() before to_linear()")
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def reset_adapter(self, generator: torch.Generator | None = None) -> None:
+        """Draws new factors, with which the layer computes the frozen one.
+
+        Args:
+            generator: CPU generator of the draws; the global one when None.
+
+        Raises:
+            RuntimeError: the adapter is merged.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def set_adapter(
+        self, lora_A: torch.Tensor, lora_R: torch.Tensor | None, lora_B: torch.Tensor
+    ) -> None:
+        """Sets the factors, rounded to the dtypes of the layer's own.
+
+        Raises:
+            ValueError: a factor of the wrong shape, or a core for a layer without one.
+            RuntimeError: the adapter is merged.
+        """
+        self._refuse_merged("set_adapter")
+        given = {"lora_A": lora_A, "lora_R": lora_R, "lora_B": lora_B}
+        for name, value in given.items():
+            own = self.factors().get(name)
+            shape, expected = (None if t is None else tuple(t.shape) for t in (value, own))
+            if shape != expected:
+                raise ValueError(f"{name} has shape {shape}; expected {expected}")
+        for name, own in self.factors().items():
+            own.copy_(given[name])
+        self._factors_changed()
+
+    def _refuse_merged(self, method: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"the adapter is merged; expected unmerge() before {method}()")
+
+    def _factors_changed(self) -> None:
+        """Called after A and B have been set or loaded."""
+
+    def core(self) -> torch.Tensor | None:
+        """R as the forward pass uses it."""
+        return self.lora_R
+
+    def frozen_weight(self) -> torch.Tensor | FrozenLayer:
+        """What is passed to the operation as W."""
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [..., n] to [..., m]."""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        if self.shared_input is not None:
+            output = self.shared_input.forward(self, x)
+            if output is not None:
+                return output
+        return lorasb_linear(
+            x,
+            self.frozen_weight(),
+            self.lora_A,
+            self.core(),
+            self.lora_B,
+            self.bias,
+            self.scaling,
+            self.dropout,
+            self.training,
+            self.backend,
+        )
+
+    def get_delta_weight(self) -> torch.Tensor:
+        """`s·B·R·A`, [m, n], computed and returned in fp32 (fp64 with an fp64 weight)."""
+        return delta_weight(self.lora_A, self.lora_R, self.lora_B, self.scaling)
+
+    def plain_lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' = R·A [r, n] and B' = s·B [m, r], the same adapter as LoRA without core or scaling."""
+        return plain_factors(self.lora_A, self.lora_R, self.lora_B, self.scaling)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight includes the adapter."""
+        return self.merged_A is not None
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, keep_original: bool = False) -> None:
+        """Adds the adapter to the weight in place, in fp32 with one rounding.
+
+        Until `unmerge` the layer computes with that weight: what changes in the factors
+        meanwhile counts only afterwards.
+
+        Args:
+            safe_merge: raise, with the weight unchanged, if the sum is not finite.
+            keep_original: keep a copy of the weight, so that `unmerge` restores every bit.
+
+        Raises:
+            ValueError: `safe_merge` found a non-finite element.
+        """
+        if self.merged:
+            return
+        lora_A, lora_B = self.plain_lora()
+        merged = merged_weight(self.weight, delta_weight(lora_A, None, lora_B, 1.0))
+        check_finite(merged, safe_merge)
+        if keep_original:
+            self.original_weight = self.weight.detach().clone()
+        self.weight.copy_(merged)
+        self.merged_A, self.merged_B = lora_A.clone(), lora_B
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the weight: exactly if the original was kept, otherwise up to rounding."""
+        if self.merged_A is None or self.merged_B is None:
+            return
+        if self.original_weight is not None:
+            self.weight.copy_(self.original_weight)
+        else:
+            delta = delta_weight(self.merged_A, None, self.merged_B, -1.0)
+            self.weight.copy_(merged_weight(self.weight, delta))
+        self.merged_A = self.merged_B = self.original_weight = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        if f"{prefix}weight" in state_dict:
+            self.merged_A = self.merged_B = self.original_weight = None
+            if f"{prefix}merged_A" in state_dict:
+                self.merged_A, self.merged_B = (
+                    torch.empty_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+                    for factor in (self.lora_A, self.lora_B)
+                )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._factors_changed()
+
+    def _apply(self, fn, recurse=True):
+        """Moves what is trained, and what was merged, between devices but never below fp32."""
+        masters = [self.merged_A, self.merged_B, *self._derived_masters()]
+        for name in self.trained:
+            masters += [getattr(self, name), getattr(self, name).grad]
+        return super()._apply(masters_kept(fn, masters), recurse)
+
+    def _derived_masters(self) -> tuple[torch.Tensor | None, ...]:
+        """Further tensors of a subclass that stay in fp32."""
+        return ()
+
+    def extra_repr(self) -> str:
+        parts = [
+            super().extra_repr(),
+            f"r={self.r}, scaling={self.scaling:g}, init={self.init!r}, backend={self.backend!r}",
+        ]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        if self.merged:
+            parts.append("merged")
+        return ", ".join(parts)
+
+
+def check_finite(merged: torch.Tensor, wanted: bool) -> None:
+    """Raises ValueError where `merged` is not finite, if that is to be checked."""
+    if wanted and not merged.isfinite().all():
+        raise ValueError("the merged weight is not finite; the adapter seems to be broken")
+
+
+__all__ = ["AdaptedLinear", "check_finite"]
