@@ -22,7 +22,7 @@ class Change:
         name: what was timed.
         before: median in microseconds of the first set.
         after: of the second.
-        noise: relative; changes below it mean nothing.
+        noise: relative; changes below it are not significant.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """`"faster"`, `"slower"` or `""` where the noise is larger than the change."""
+        """`"faster"`, `"slower"` or `""` if the noise is larger than the change."""
         if abs(self.relative) <= self.noise:
             return ""
         return "faster" if self.relative < 0 else "slower"
@@ -62,7 +62,7 @@ def changes(before: Sequence[Results], after: Sequence[Results]) -> list[Change]
     """The timings that both sets have, largest relative change first.
 
     Each set may hold several runs of the same code on the same GPU: their spread then counts
-    as noise, beside the spread within each run.
+    as noise, in addition to the spread within each run.
 
     Raises:
         ValueError: sets of different or mixed GPUs, or without a timing in common.

@@ -1,4 +1,4 @@
-"""Contenders on one workload, timed against each other one pass at a time."""
+"""Contenders on one workload, timed against each other, one pass at a time."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ PASSES = ("forward", "backward", "both", "graph")  # graph: both, in a CUDA grap
 
 
 class Comparison:
-    """Builds each contender on `workload` once; what fails to build stays out of the others' way.
+    """Builds each contender on `workload` once; one that fails to build does not affect the others.
 
     Args:
         workload: the operands.
@@ -74,7 +74,7 @@ class Comparison:
         return found
 
     def close(self) -> None:
-        """Lets go of all device memory, and of compiled code, whose number is limited."""
+        """Frees all device memory, and compiled code, of which torch keeps a limited number."""
         if any(CONTENDERS[name].compiles for name in self.runs):
             torch.compiler.reset()
         self.runs.clear()

@@ -1,9 +1,9 @@
-"""Options, the device, and the way of every measurement into the results.
+"""Options, the device, and the recording of every measurement in the results.
 
     pytest bench/test_linear.py -k "mistral and both"
     pytest bench --grid full --results bench/results
 
-`bench/pytest.ini` is found by itself; pytest-benchmark is off in the tests and on here.
+pytest finds `bench/pytest.ini` by itself; pytest-benchmark is off in the tests and on here.
 """
 
 import time
@@ -20,7 +20,7 @@ from lorasb_kernels.profiling.roofline import Ceilings, measure_ceilings
 CLOCK = ReplayClock()
 ROWS = pytest.StashKey[list]()
 STARTED = pytest.StashKey[float]()
-SAVE_EVERY = 5.0  # seconds; a crash loses no more
+SAVE_EVERY = 5.0  # seconds; a crash loses at most this much
 
 
 def pytest_addoption(parser):
@@ -81,7 +81,7 @@ def contenders_of(request):
 
 
 class Recorder:
-    """Takes measurements, hands them to pytest-benchmark and to the results database."""
+    """Passes measurements to pytest-benchmark and to the results database."""
 
     def __init__(self, config: pytest.Config, device: torch.device):
         self.folder = config.getoption("--results")
@@ -93,7 +93,7 @@ class Recorder:
         self._saved = time.monotonic()
 
     def ceilings(self, dtype: str) -> Ceilings:
-        """The device's ceilings, measured at the first question."""
+        """The device's ceilings, measured at first use."""
         if dtype not in self._ceilings:
             found = measure_ceilings(self.device, getattr(torch, dtype), tiny=self.tiny)
             self._ceilings[dtype] = found
@@ -121,7 +121,7 @@ class Recorder:
             self.save()
 
     def save(self) -> None:
-        """Writes what has come in since the last time."""
+        """Writes the measurements since the last call."""
         if self.folder and self.rows:
             results.write(self.folder, self.environment, self.rows)
             self.rows.clear()

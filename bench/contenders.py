@@ -1,13 +1,13 @@
 """Every way to compute an adapted layer that is timed, each once.
 
-A contender turns the operands of layers that read one input into modules. `trains` says what
-function and whose gradients it gives, so that its results can be checked:
+A contender builds modules from the operands of layers that read one input. `trains` says which
+function it computes and which gradients it gives, so that its results can be checked:
 
     "nothing"   x Wᵀ + bias
     "core"      x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, gradient of R     (LoRA-SB)
     "factors"   x Wᵀ + s·x Aᵀ Bᵀ + bias, gradients of A and B   (LoRA)
 
-Liger has kernels for other layers, none for a linear layer with an adapter.
+Liger has kernels for other layers, but none for a linear layer with an adapter.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ class Contender:
         build: makes the modules.
         trains: `"nothing"`, `"core"` or `"factors"`.
         obstacle: why it cannot run on a device in a dtype; None when it can.
-        way: key of `costs.WAYS` whose launches bound it, None where none are counted.
+        way: key of `costs.WAYS` whose launches are its lower bound; None if none are counted.
         compiles: takes long to start.
     """
 
@@ -91,7 +91,7 @@ class _InPlaceAddmm(torch.autograd.Function):
 
 
 class InPlaceAddmm(nn.Module):
-    """The best that plain calls of the vendor's GEMM do, in the manner of Unsloth."""
+    """The best that plain cuBLAS calls can do, as in Unsloth."""
 
     def __init__(self, operands: Operands):
         super().__init__()
@@ -135,7 +135,7 @@ class Autocast(nn.Module):
 
 
 def _peft(operands: Operands, fp32_adapters: bool, autocast: bool) -> nn.Module:
-    """LoRA by the peft library; it leaves adapters in fp32 unless told not to."""
+    """LoRA by the peft library; it keeps adapters in fp32 by default."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
@@ -156,7 +156,7 @@ def _peft(operands: Operands, fp32_adapters: bool, autocast: bool) -> nn.Module:
 def _compiled(operands: Operands) -> nn.Module:
     from torch._functorch import config
 
-    config.donated_buffer = False  # timing backward alone repeats it over one graph
+    config.donated_buffer = False  # timing only backward runs it repeatedly over one graph
     return torch.compile(Published(operands), dynamic=False)
 
 

@@ -54,8 +54,8 @@ def published(
 ) -> Factors:
     """The published LoRA-SB initialization.
 
-    A hook on every parameter that, at each gradient, walks all parameters, moves what
-    gradients it finds to the host in bf16 and frees them; sums there; then
+    A hook on every parameter runs at each gradient: it goes through all parameters, moves the
+    gradients it finds to the host in bf16, frees them and sums them there. Then
     `torch.svd_lowrank(q=r, niter=10)` of −η·sign in fp32.
     """
     model.train().requires_grad_(True)

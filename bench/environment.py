@@ -28,7 +28,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def commit() -> str:
-    """The commit of the checkout, or of `LORASB_COMMIT` where there is no repository."""
+    """The commit of the checkout, or `LORASB_COMMIT` if there is no repository."""
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     if not head:
         return os.environ.get("LORASB_COMMIT", "unknown")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 530
-DRY_PATIENCE = 10  # a dry run shares a slow machine: so many times the limits
-# Seconds a part may take at most; a benchmark skips what has not begun by 85 % of it.
+DRY_PATIENCE = 10  # a dry run shares a slow machine: the limits are this many times longer
+# Largest number of seconds per part; a benchmark skips what has not started by 85 % of it.
 LIMITS = {"tests": 200, "kernels": 120, "linear": 110, "init": 60, "train": 80}
 BENCHMARKS = {
     "kernels": ("bench/test_kernels.py",),
@@ -57,7 +57,7 @@ class Session:
     sources: str
 
     def run(self, *command: str, limit: float, **environment: str) -> int:
-        """Runs a command with output to the screen and the log; 124 where it took too long."""
+        """Runs a command with output to the screen and the log; 124 if it took too long."""
         limit = min(limit, self.deadline - time.monotonic())
         self.say(f"$ {' '.join(command)}   (at most {max(limit, 0):.0f} s)")
         if limit <= 0:
@@ -123,7 +123,7 @@ def sources_digest() -> str:
 
 
 def build_extension(session: Session) -> None:
-    """Picks up a CUDA extension newer than its sources, or builds one where nvcc is."""
+    """Uses a CUDA extension that is newer than its sources, or builds one if there is nvcc."""
     library = ROOT / "lorasb_kernels" / "_C.so"
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("**/*.*"))
     if library.exists() and library.stat().st_mtime >= newest:
@@ -178,7 +178,8 @@ def sanitize(session: Session) -> bool:
     green = True
     for tool in ("memcheck", "racecheck"):
         command = (sanitizer, "--tool", tool, "--error-exitcode", "86")
-        # Without the caching allocator every tensor is an allocation, with an end to run past.
+        # Without the caching allocator every tensor is its own allocation, so overruns are
+        # detected.
         code = session.run(
             *command,
             *python("-m", "tests.gpu.small_cases"),
@@ -199,7 +200,7 @@ def run_benchmark(session: Session, part: str) -> bool:
     command = python("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
     grid = "tiny" if session.dry else "headline"
     options = ("--grid", grid, "--results", str(session.out), "--budget", f"{0.85 * limit:.0f}")
-    # 5: nothing was collected, which is no success here.
+    # 5: nothing was collected, which is not a success here.
     return session.run(*command, *BENCHMARKS[part], *options, limit=limit) == 0
 
 

@@ -4,7 +4,7 @@
 
 Writes init_cost.json (every measurement), init_cost.png (peak memory and time against the
 number of blocks) and prints a table. All on one CPU thread. The contenders take turns, so that
-a host whose speed drifts hits them all; times are medians, peaks the largest. See
+a host whose speed drifts affects all of them; times are medians, peaks the largest. See
 `bench.init_process` for what is measured and `bench.contenders_init` for the contenders.
 """
 
@@ -29,7 +29,7 @@ CURVE = ("plain, targets only", "resident", "layerwise")
 
 
 def in_turns(contenders: Iterable[str], layers: int, samples: int, turns: int) -> list[dict]:
-    """One result a contender, over `turns` fresh processes of each."""
+    """One result per contender, over `turns` fresh processes each."""
     results = []
     for turn in range(turns):
         results.append([run(contender, layers, samples) for contender in contenders])

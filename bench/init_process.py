@@ -1,4 +1,4 @@
-"""One contender of `bench.init_cost` in a process of its own: prints its time and memory.
+"""One contender of `bench.init_cost` in its own process: prints its time and memory.
 
     python -m bench.init_process resident --layers 30 --samples 32
 
@@ -35,7 +35,7 @@ def load(layers: int, dtype: torch.dtype) -> nn.Module:
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     for parameter in model.parameters():
-        # The file is mapped: its pages would count for whoever touches them first.
+        # The file is memory-mapped: its pages would be counted for the code that reads them first.
         parameter.data = parameter.data.clone()
     return model
 
@@ -75,7 +75,7 @@ def measure(
     accumulators = sum(4 * weight.numel() for weight in weights)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     boundaries = tokens * model.config.hidden_size * weights[0].element_size() * blocks
-    with torch.no_grad():  # code and buffers of the math libraries are nobody's cost
+    with torch.no_grad():  # loads the code and buffers of the math libraries, which are not counted
         model(**{key: value[:1] for key, value in batches[-1].items()})
         truncated_svd(torch.randn(model.config.hidden_size, model.config.hidden_size), r)
     held = reset_peak()

@@ -1,4 +1,4 @@
-"""The operations alone: their operands, what they need at least, and who computes them."""
+"""The operations alone: their operands, the least they need, and their implementations."""
 
 import importlib
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def _expand(case: KernelCase, implementation: str, draw: Draw, transposed: bool 
 
 
 def _tiles(route: str, device: torch.device) -> tuple[ExpandTile, ...]:
-    """The tile of a route that nobody has measured; none where the device cannot run it."""
+    """The tile of a route that has not been measured; none if the device cannot run it."""
     arch = architecture(device)
     if route == "fused_descriptor":
         return descriptor_candidates(arch, DTYPE, dropout=False)[:1]
@@ -141,9 +141,9 @@ SIGN_OPS = tuple(op for op in PREPARE if op not in ADAPTER_OPS)
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """Who computes an operation: the backends, and for expand each route of Triton's.
+    """The implementations of an operation: the backends, and for expand each of Triton's routes.
 
-    The reference is what eager PyTorch makes of it, so cuBLAS on a GPU.
+    The reference runs in eager PyTorch, so it is cuBLAS on a GPU.
     """
     routes = ROUTES if op.startswith("expand") else ()
     return (*BACKENDS, *(f"triton {route}" for route in routes))

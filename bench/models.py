@@ -1,4 +1,4 @@
-"""The papers' models with random weights, and the ways to adapt them that are timed."""
+"""The papers' models with random weights, and the timed ways to adapt them."""
 
 import copy
 from collections.abc import Callable

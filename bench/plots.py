@@ -1,4 +1,4 @@
-"""Plots of the newest results of a GPU; a plot without its numbers is not drawn."""
+"""Plots of the newest results of a GPU; a plot whose numbers are missing is not drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from lorasb_kernels.utils.figures import Styles, new_figure, save_png
 
 
 def draw_plots(found: Results, folder: str | Path) -> list[Path]:
-    """Draws what the results have numbers for; returns the PNG files, in `folder`."""
+    """Draws the plots that the results have numbers for; returns the PNG files, in `folder`."""
     files, styles = [], Styles()
     for name, draw in PLOTS.items():
         figure, axes = new_figure(size=(7.5, 4.5))

@@ -26,9 +26,9 @@ class Measurement:
 
     Args:
         samples: seconds, one for each repetition.
-        launches: the bytes and flops that the operation needs; empty where none are counted.
-        peak: most bytes of device memory beyond the operands; None where unknown.
-        saved: bytes kept for backward; None where it means nothing.
+        launches: the bytes and flops that the operation needs; empty if none are counted.
+        peak: peak bytes of device memory beyond the operands; None if unknown.
+        saved: bytes kept for backward; None if it does not apply.
         others: further rows as (quantity, value, unit).
     """
 
@@ -73,7 +73,7 @@ def rows(case: Case, contender: str, measured: Measurement, ceilings: Ceilings |
 
 
 class ReplayClock:
-    """The clock that pytest-benchmark reads: it moves by durations measured before.
+    """The clock that pytest-benchmark reads: it advances by durations measured before.
 
     pytest-benchmark times one callable with a host clock. The durations here come from device
     events of interleaved contenders; replaying them gives its statistics, tables and files.

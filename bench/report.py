@@ -17,11 +17,12 @@ from lorasb_kernels.utils.tables import markdown_table, seconds, size
 HEAD = """# Benchmarks
 
 Written by `python -m bench.report` from the results database, `bench/results/`. `make gpu` measures
-on one GPU in at most nine minutes and adds to it; see [the A6000 guide](a6000.md) for the how.
+on one GPU in at most nine minutes and adds to the database; [the A6000 guide](a6000.md) says how to
+run it.
 
 Times are medians of interleaved bursts over operands larger than the L2 cache, forward and
 backward with the input gradient where it says "both". Overhead is the time over that of the
-frozen layer in the same run. `python -m bench.changes` says what a change did.
+frozen layer in the same run. `python -m bench.changes` compares two sets of results.
 """
 NOTHING = """
 **Not measured.** There are no results of a GPU in the database yet, so there is no number to
@@ -134,7 +135,7 @@ def memory_table(found: Results) -> str:
 
 
 def train_table(found: Results) -> str:
-    """Tokens a second and peak memory of a training step."""
+    """Tokens per second and peak memory of a training step."""
     rows = []
     for case, timed in _medians(found, "train.").items():
         _, shape, _, r, _ = case

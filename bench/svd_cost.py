@@ -1,12 +1,12 @@
-"""`truncated_svd` beside `torch.svd_lowrank` on the CPU: time, and what was captured.
+"""`truncated_svd` compared with `torch.svd_lowrank` on the CPU: time and captured energy.
 
     python -m bench.svd_cost --output-dir bench/results
 
 Over the signs of SmolLM2-135M's gradients, every fifth block, and over random signs, whose flat
 spectrum is the hard case. `svd_lowrank(q=r, niter=10)` is the published procedure's; its `niter`
 is then doubled until it captures `ACCURACY` of the best rank-r energy, which is its time at equal
-accuracy. Time is the processor time of one thread, the least of several turns; the packed signs
-are unpacked within ours.
+accuracy. Time is the processor time of one thread, the least of several turns; the time of
+`truncated_svd` includes unpacking the signs.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def measure(signs: SignMatrix, dense: torch.Tensor, best: torch.Tensor, r: int, 
 
 
 def table(results: list[dict]) -> str:
-    """Milliseconds a matrix, by kind, shape and rank; the least captured."""
+    """Milliseconds per matrix by kind, shape and rank; the least captured energy."""
     groups = defaultdict(list)
     for row in results:
         groups[row["kind"], f"{row['m']} × {row['n']}", row["r"]].append(row)

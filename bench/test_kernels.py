@@ -1,4 +1,4 @@
-"""Each operation alone: every implementation of it, and how near the roofline it comes."""
+"""Each operation alone: every implementation of it, and its share of the roofline."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def prepared(case: KernelCase, implementation: str, device: torch.device):
 
 
 def measure(case: KernelCase, names, device, timing) -> dict[str, Measurement | Exception]:
-    """All implementations in turns; an exception stands in for one that failed."""
+    """All implementations in turns; for one that failed, its exception."""
     found, calls = {}, {}
     for name in names:
         try:
@@ -48,7 +48,7 @@ def measure(case: KernelCase, names, device, timing) -> dict[str, Measurement | 
 
 @pytest.fixture(scope="module")
 def measurements(device, timing, contenders_of):
-    """What all selected implementations of a case took; only the last case is kept."""
+    """The measurements of all selected implementations; only the last case is kept."""
     known = {}
 
     def of(case: KernelCase) -> dict[str, Measurement | Exception]:

@@ -1,4 +1,4 @@
-"""An adapted layer, and a whole block of them, against the frozen layer and everyone else."""
+"""An adapted layer, and a whole block of them, against the frozen layer and other libraries."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""An optimizer step over the cores of a model: one tensor for all of them against one each.
+"""An optimizer step over the cores of a model: one tensor for all against one tensor per core.
 
 A step here is what a trainer does after backward: clip, step, clear the gradients.
 """
@@ -15,8 +15,8 @@ from lorasb_kernels.optim.packed_cores import PackedCores
 from lorasb_kernels.profiling.costs import Cost
 from lorasb_kernels.profiling.timing import interleave, peak_bytes
 
-# Reads R, its gradient and both moments and writes all but the gradient; reads the gradient once
-# more and writes it to clip it; writes it to clear it. All fp32. Some 20 flops per element.
+# Reads R, its gradient and both moments and writes all except the gradient; reads and writes the
+# gradient once more to clip it; writes it to clear it. All fp32. Some 20 flops per element.
 BYTES, FLOPS = 4 * (4 + 3 + 2 + 1), 20
 
 

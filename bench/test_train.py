@@ -70,7 +70,7 @@ def training_step(model, method: Method, case: TrainCase, device: torch.device):
 
 
 def measure(case: TrainCase, names, device, timing):
-    """Every method on the same weights, in turns; an exception stands in for one that failed."""
+    """Every method on the same weights, in turns; for one that failed, its exception."""
     layers = blocks_that_fit(case.key, device, DTYPE)
     weights = random_model(case.key, device, DTYPE, layers)
     found, steps = {}, {}

@@ -14,9 +14,8 @@ MODULES = (
 )
 HEAD = """# API
 
-What is public, with the first words of its docstring; `make docs` writes this page. It also builds
-the whole reference from the docstrings, arguments, shapes, errors and sources included, into
-`out/docs`.
+The public names with the first words of their docstrings; `make docs` writes this page. It also
+builds the whole reference from the docstrings (arguments, shapes, errors, sources) into `out/docs`.
 """
 
 

@@ -1,6 +1,6 @@
 """Without a GPU, Triton kernels run in Triton's interpreter.
 
-The choice must be made before a kernel is decorated, hence at import of this file.
+This must be set before a kernel is decorated, hence at the import of this file.
 """
 
 import os

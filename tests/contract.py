@@ -1,4 +1,4 @@
-"""The numerical contract: how an output is judged against the float64 oracle.
+"""The numerical contract: how an output is compared with the float64 oracle.
 
 A kernel passes when its error is at most twice that of eager PyTorch in the same
 dtypes plus one rounding of the largest reference element. NaN never passes.

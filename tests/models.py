@@ -59,12 +59,12 @@ ARCHITECTURES = {
 
 
 def build(architecture: str, seed: int = 0, **changes) -> torch.nn.Module:
-    """A tiny random model in eval mode; the global RNG is left alone.
+    """A tiny random model in eval mode; the global RNG is unchanged.
 
     Args:
         architecture: a key of `ARCHITECTURES`.
         seed: of its weights.
-        changes: settings of its configuration in place of, or beside, those above.
+        changes: settings of its configuration that replace or extend those above.
     """
     kind, config, settings = ARCHITECTURES[architecture]
     with torch.random.fork_rng(devices=[]):

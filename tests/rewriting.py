@@ -1,4 +1,4 @@
-"""Changes to saved adapters, stated as whoever made them would state them."""
+"""Changes to saved adapters, with digests recomputed as an attacker would."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from lorasb_kernels.io.tensors import digest_of, read_tensors
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Lets `change` edit the tensors of a file; its digest, where it has one, fits again."""
+    """Lets `change` edit the tensors of a file; its digest, if it has one, is recomputed."""
     tensors, metadata = read_tensors(path)
     change(tensors)
     if "digest" in metadata:

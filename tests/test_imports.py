@@ -1,4 +1,4 @@
-"""Importing: cheap, and without what the core install lacks."""
+"""Importing is cheap and needs only the core install."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Builds of torch for CUDA import triton themselves; what they imported is forgotten here.
+# Builds of torch for CUDA import triton themselves; those modules are removed here.
 BLOCK = """
 import sys, torch
 for name in [name for name in sys.modules if name.split(".")[0] in ("triton", *{blocked!r})]:

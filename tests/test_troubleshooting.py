@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what is raised: every quote is met, every error is quoted."""
+"""docs/troubleshooting.md quotes messages: every quote is raised here, every error is quoted."""
 
 import dataclasses
 import re

@@ -1,7 +1,7 @@
 """What the Triton kernels take of a GPU, without one: registers, shared memory, occupancy.
 
 Compiles every kernel with every shipped tile ahead of time and reads the result: the cubin's
-resource usage by `cuobjdump`, which Triton carries, and the PTX for tensor-core instructions
+resource usage by `cuobjdump`, which comes with Triton, and the PTX for tensor-core instructions
 and the width of the asynchronous copies.
 
     python -m bench.kernel_resources.report --dtype bfloat16 float32 --write FILE
@@ -267,7 +267,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 
 def blocks_per_sm(arch: str, registers: int, shared: int, num_warps: int) -> int:
-    """Blocks resident on a multiprocessor: registers go by 256 a warp, 1 KB per block is taken."""
+    """Blocks resident on a multiprocessor: registers in units of 256 per warp, 1 KB per block reserved."""
     device = DEVICES[arch]
     registers_per_warp = -(-registers * 32 // 256) * 256
     return min(

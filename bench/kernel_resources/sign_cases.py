@@ -56,7 +56,7 @@ def _sign_products(arch: str, dtype: torch.dtype) -> Iterator[Case]:
         return
     for transpose in (False, True):
         for q in (16, 64, 96, 160):
-            # Few rows per multiprocessor and many: tiles of 32 rows and of 64, where they differ.
+            # Few and many rows per multiprocessor: tiles of 32 and of 64 rows, if they differ.
             for tile in dict.fromkeys(sign_matmul_tile(arch, 4096, q, sms) for sms in (1, 4096)):
                 arguments = {
                     **_PLANES,

@@ -76,7 +76,7 @@ def check_shrink():
 
 
 def check_split_shrink():
-    """The last-arriving block finishes: the same bits under any order of blocks."""
+    """The last block to arrive finishes: the same bits under any order of blocks."""
     arguments = shrink_arguments(75, 900, 96)
     outputs = []
     for options in (
@@ -254,7 +254,7 @@ def check_single_precision():
 
 
 def check_bytes():
-    """Requested global bytes: x, dy once, h, p, q, g, y written once; A, B, W once a tile."""
+    """Requested global bytes: x, dy once, h, p, q, g, y written once; A, B, W once per tile."""
     M, n, r = 256, 512, 96
     row_tiles = M // projection_tile(ARCH, BF16, r).BLOCK_M
     x, lora_A, core, *rest = shrink_arguments(M, n, r)
@@ -285,5 +285,5 @@ def check_bytes():
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty hands out NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
     globals()[f"check_{sys.argv[1]}"]()

@@ -99,5 +99,5 @@ def check_sign_matmul():
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty hands out NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
     globals()[f"check_{sys.argv[1]}"]()

@@ -1,7 +1,7 @@
 """`arrives_last` in PTX: every thread's stores come before the count that releases them.
 
-A missing barrier shows in no result of an emulator or an interpreter for certain, and on a GPU
-once in a while; so its place in the compiled code is asserted.
+A missing barrier may not change any result in an emulator or an interpreter, and on a GPU only
+occasionally; so its place in the compiled code is asserted.
 """
 
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @triton.jit
 def arrival_kernel(x_ptr, partial_ptr, arrived_ptr, y_ptr, blocks, BLOCK: tl.constexpr):
-    """Stores in the layout of its loads, so that nothing but the arrival asks for a barrier."""
+    """Stores in the layout of its loads, so that only the arrival needs a barrier."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(partial_ptr + offsets, 2.0 * tl.load(x_ptr + offsets))
     if arrives_last(arrived_ptr, blocks):

@@ -1,4 +1,4 @@
-"""What the kernels take of each architecture, from ahead-of-time compilation.
+"""The resources that the kernels use on each architecture, from ahead-of-time compilation.
 
 Every shipped tile must fit its device, spill nothing, use the tensor cores and copy 16 bytes
 at a time. The default run takes every tile of sm_86 in bf16 and one rank of the others.
@@ -21,7 +21,7 @@ LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 2
 
 
 def reports(*arguments: str) -> list[dict]:
-    """Compiles in a process of its own: this one may have the interpreter's kernels."""
+    """Compiles in a separate process: this one may have the interpreter's kernels."""
     completed = subprocess.run(
         [sys.executable, "-m", "bench.kernel_resources.report", "--json", *arguments],
         cwd=ROOT,
@@ -86,7 +86,8 @@ def test_one_of_each_kernel_elsewhere(arch):
     assert {report["kernel"] for report in found} == set(KERNELS)
     for report in found:
         assert_fits(report)
-        # wgmma multiplies 64 rows at least; the tiles of these two have the rank for rows.
+        # wgmma multiplies at least 64 rows; in the tiles of these two kernels the rank gives the
+        # rows.
         if arch == "sm_90" and report["kernel"] not in ("gradient", "factor_gradient"):
             assert report["tensor_core"] == "wgmma", report
 

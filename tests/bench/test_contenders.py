@@ -1,4 +1,4 @@
-"""Every contender computes what it is said to compute, so that timing it means something."""
+"""Every contender computes what its description says, so that its time is meaningful."""
 
 import pytest
 import torch

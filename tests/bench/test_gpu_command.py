@@ -1,4 +1,4 @@
-"""`make gpu DRY=1`: the whole path without a GPU, so that it works the first time one is there."""
+"""`make gpu DRY=1`: the whole path without a GPU, so that it works at the first run on one."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The results database, what compares two sets of it, and what renders it."""
+"""The results database, comparing two sets of results, and rendering them."""
 
 import dataclasses
 import json

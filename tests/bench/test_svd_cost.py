@@ -1,4 +1,4 @@
-"""`bench.svd_cost`: what it calls captured is judged against the exact decomposition."""
+"""`bench.svd_cost`: its captured energy is checked against the exact decomposition."""
 
 import pytest
 import torch

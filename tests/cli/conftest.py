@@ -1,4 +1,4 @@
-"""The tiny models, tokenizer and rows of the trainer's tests, for the commands too."""
+"""The tiny models, tokenizer and rows of the trainer's tests, also for the commands."""
 
 from tests.train.conftest import bert, llama, sums_file, tokenizer
 

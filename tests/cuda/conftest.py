@@ -1,4 +1,4 @@
-"""The extension is compiled once, for sm_86, where a CUDA toolkit is present."""
+"""The extension is compiled once, for sm_86, if there is a CUDA toolkit."""
 
 import pytest
 import torch

@@ -1,10 +1,10 @@
 """Runs the CUDA extension without a GPU: its host code on CPU tensors, its kernels as PTX.
 
-The extension's own object files are linked with `simulated_runtime.cpp` in place of the CUDA
-runtime. Its operators then take CPU tensors; a kernel launch comes back here with the grid,
-shared memory and parameters that the launcher chose, and the kernel's sm_86 PTX is executed
-by `ptxcheck`, on the tensors' memory. Only what the bindings asked a data pointer of is
-mapped, so that every access out of bounds is seen.
+The extension's own object files are linked with `simulated_runtime.cpp` instead of the CUDA
+runtime. Its operators then take CPU tensors. A kernel launch arrives here with the grid, shared
+memory and parameters that the launcher chose, and `ptxcheck` executes the kernel's sm_86 PTX on the
+tensors' memory. Only tensors whose data pointer the bindings requested are mapped, so that every
+access out of bounds is detected.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def ptxcheck_obstacle() -> str | None:
 
 
 def objects() -> list[Path]:
-    """The extension's object files for sm_86, with their PTX beside them; built once."""
+    """The extension's object files for sm_86, and their PTX; built once."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -85,7 +85,7 @@ def simulated_library() -> Path:
 
 
 def kernel_texts() -> dict[str, str]:
-    """The PTX of each kernel, as a module of its own: one is parsed faster than its whole file."""
+    """The PTX of each kernel as a separate module, which is parsed faster than the whole file."""
     texts = {}
     for path in sorted(BUILD.glob("*.ptx")):
         text = path.read_text()
@@ -141,8 +141,8 @@ class Simulator:
         """Runs operators called inside; yields the list of their launches.
 
         Args:
-            multiprocessors: what the device claims to have; decides how work is split.
-            refuse: fail every launch, as a device out of resources does.
+            multiprocessors: how many the device reports; decides how work is split.
+            refuse: fail every launch, like a device without resources.
             options: of ptxcheck's `launch`; race and initialization checks are on.
         """
         self._library.simulator_set_multiprocessors(multiprocessors)

@@ -1,4 +1,4 @@
-"""What the compilers make of the extension: no warnings, no spills, and it fits the target."""
+"""Compiling the extension: no warnings, no spills, and it fits the target."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from tests.cuda.test_operators import CASES, run
 
 build = simulation.build
 
-# Of a multiprocessor of sm_86.
+# Limits of a multiprocessor of sm_86.
 REGISTERS, SHARED_BYTES, RESERVED_BYTES, THREADS = 65536, 100 * 1024, 1024, 1536
 
 KERNELS = 34

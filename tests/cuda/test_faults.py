@@ -1,7 +1,7 @@
-"""Planted faults: the checks that the other tests rely on see them.
+"""Planted faults: the checks that the other tests rely on detect them.
 
-A fault is an edit of a kernel's PTX, as if its source had lacked a barrier or waited for the
-wrong copy.
+A fault is an edit of a kernel's PTX, as if its source lacked a barrier or waited for the wrong
+copy.
 """
 
 import re

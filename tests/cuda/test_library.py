@@ -24,7 +24,7 @@ def library(toolkit):
 
 
 def python(library, code: str) -> str:
-    """Runs code in a process of its own, with `library` in the place of the extension."""
+    """Runs code in a separate process, with `library` instead of the extension."""
     prelude = (
         "import torch\nfrom pathlib import Path\nfrom lorasb_kernels.ops import extension\n"
         f"extension._LIBRARY = Path({str(library)!r})\n"

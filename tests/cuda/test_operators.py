@@ -78,7 +78,7 @@ def planes_of(m, n):
     return signs, *bitplanes.signs_of(signs)
 
 
-# One row, odd everything, no multiple of a tile, ranks of both buckets and split over n.
+# One row, odd sizes, no multiple of a tile, ranks of both buckets, and split over n.
 PROJECTIONS = [
     (1, 64, 8, BF16, 0.0),
     (33, 130, 20, BF16, 0.0),
@@ -195,7 +195,7 @@ CASES = {
 
 @pytest.mark.parametrize("operation", CASES)
 def test_any_order_of_blocks_and_warps_gives_the_same_bits(operation, simulator):
-    """Random schedules, and copies that land at once rather than at the wait."""
+    """Random schedules, and copies that complete at once instead of at the wait."""
     arguments = CASES[operation]()
     first, launches = run(simulator, operation, *arguments, multiprocessors=8, check_overlap=True)
     assert operation not in ("shrink", "core_backward") or launches[0].grid[1] > 1, "no split"
@@ -252,7 +252,7 @@ def test_non_finite_input_shows_where_it_belongs_and_nowhere_else(bad, simulator
 def test_offsets_beyond_32_bits(simulator):
     stride = 2**31 + 8
     memory = torch.from_numpy(np.zeros(stride + 40, dtype=np.float16))
-    x = memory.as_strided((2, 40), (stride, 1))  # pages that nobody touches cost nothing
+    x = memory.as_strided((2, 40), (stride, 1))  # untouched pages cost nothing
     small, lora_A, lora_R = shrink_operands(2, 40, 8, FP16)
     x.copy_(small)
     far, _ = run(simulator, "shrink", x, lora_A, lora_R, SCALING, 0.0, None)
@@ -282,7 +282,7 @@ def test_the_layer_and_its_gradients(dropout, simulator, monkeypatch):
 
 
 def test_the_layer_without_a_core_trains_a_and_b(simulator, monkeypatch):
-    """LoRA: the absent core is the identity, sign_accumulate makes the factors' gradients."""
+    """LoRA: the absent core is the identity, sign_accumulate computes the factors' gradients."""
     for module in (layer, sign_accumulate):
         monkeypatch.setattr(module, "resolve_backend", lambda backend, device, dtype: backend)
     x, weight, _, lora_B = expand_operands(19, 33, 40, 12, FP32)

@@ -43,7 +43,7 @@ def steps(model, parameters, data):
 
 
 def trained(model):
-    """The values of all that is trained, in one tensor."""
+    """The values of all trained parameters, in one tensor."""
     whole = [
         p.full_tensor() if hasattr(p, "full_tensor") else p
         for p in (parameter.detach() for parameter in trainable(model))
@@ -87,10 +87,10 @@ def check_loaded(saved_model, adapter, mesh):
 
 
 def check_other_methods(rank, mesh):
-    """LoRA-SB starts from the gradients of both ranks, LoRA trains A and B; wrapped either way
-    they end where one process does."""
+    """LoRA-SB starts from the gradients of both ranks, LoRA trains A and B; with both wrappers
+    they give the result of one process."""
     for config in (LoRASBConfig(r=4), LoRASBConfig(r=4, init="lora")):
-        # Ranks that both have the whole batch sum it twice: the sign is that of one process.
+        # If both ranks have the whole batch, it is summed twice: the sign is that of one process.
         single = adapted(config=config, samples=[batch()])
         steps(single, trainable(single), batch())
         parallel = adapted(config=config, samples=[batch(rank)])
@@ -117,7 +117,7 @@ def check_mixed_dtypes(rank, mesh):
 
 
 def check_tensor_parallel(mesh):
-    """Weights that a tensor-parallel plan has cut are refused, by the layer's name."""
+    """Weights that a tensor-parallel plan has split are refused, by the layer's name."""
     model = build("llama")
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))

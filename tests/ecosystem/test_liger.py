@@ -1,7 +1,7 @@
 """Liger kernels on an adapted model: Liger's modules call the adapted layers.
 
-Liger's Triton kernels need a GPU, so its SwiGLU product is computed by PyTorch here; that its
-kernels and ours run side by side on a GPU is not tested.
+Liger's Triton kernels need a GPU, so its SwiGLU product is computed by PyTorch here; Liger's
+kernels together with this library's on a GPU are not tested.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def step(model):
 @pytest.mark.parametrize("first", ["adapted", "patched"])
 def test_ligers_mlp_calls_the_adapted_layers(first, monkeypatch):
     expected = step(adapted(build("llama")))
-    # Liger replaces the class for later models, too; this puts it back.
+    # Liger also replaces the class for later models; this restores it.
     monkeypatch.setattr(modeling_llama, "LlamaMLP", modeling_llama.LlamaMLP)
     products = []
 

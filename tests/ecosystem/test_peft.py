@@ -1,4 +1,4 @@
-"""LoRA-SB as a method of the real peft: its own calls, our operation."""
+"""LoRA-SB as a method of the real peft: peft's own calls, this library's operation."""
 
 import pytest
 import torch

@@ -155,7 +155,7 @@ def test_the_gradient_estimate_is_that_of_the_dequantized_model(kind):
     own = dict(estimate_gradients(model, batches("llama"), targets))
     for name, gradient in plain.items():
         error = (own[name] - gradient).norm() / gradient.norm()
-        # INT8 in eval mode rounds its inputs to int8, too.
+        # INT8 in eval mode also rounds its inputs to int8.
         assert error < (0.1 if kind == "bitsandbytes int8" else 1e-4), name
     assert list(find_targets(model, "all-linear")) == targets
 

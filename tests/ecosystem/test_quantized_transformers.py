@@ -94,7 +94,7 @@ def test_the_trainer_trains_it_through_peft(base, kind, tmp_path):
 
 
 def test_the_trainer_refuses_it_without_peft(base, tmp_path):
-    """Its own rule, which `docs/quantized.md` tells of."""
+    """Its own rule, which `docs/quantized.md` describes."""
     model = adapt(
         load(base, "bitsandbytes nf4"), LoRASBConfig(r=4, init="orthogonal"), progress=False
     )

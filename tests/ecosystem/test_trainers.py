@@ -1,4 +1,4 @@
-"""An adapted model in the hands of the real Trainer, SFTTrainer, autocast and torch.compile."""
+"""An adapted model with the real Trainer, SFTTrainer, autocast and torch.compile."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def run_trainer(model, folder, optimizer=None, **options):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The cores after the real Trainer's run, nothing special asked for."""
+    """The cores after the real Trainer's run with default settings."""
     return run_trainer(adapted(), tmp_path_factory.mktemp("trainer"))
 
 
@@ -90,7 +90,7 @@ def test_a_packed_optimizer_gives_the_same(trained, tmp_path):
 def test_bf16_autocast_in_the_trainer(trained, tmp_path):
     start = cores(adapted())
     update = run_trainer(adapted(), tmp_path, bf16=True) - start
-    # Adam turns a gradient near 0 into a whole step, so single elements may differ.
+    # Adam makes a full step of a gradient near 0, so single elements may differ.
     assert torch.cosine_similarity(update, trained - start, dim=0) > 0.9
 
 
@@ -136,7 +136,7 @@ def test_autocast_with_a_gradient_scaler(dtype):
 def test_a_whole_model_compiles_to_one_graph(architecture):
     model, batch = adapted(architecture), batches(architecture)[0]
     if architecture == "llama":
-        model.model.layers = model.model.layers[:1]  # tracing takes its time
+        model.model.layers = model.model.layers[:1]  # tracing is slow
     expected = model(**batch).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits = compiled(**batch).logits

@@ -1,4 +1,4 @@
-"""A tokenizer of a few words, for trainers that insist on one."""
+"""A tokenizer of a few words, for trainers that require one."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device; everywhere else they are skipped, and say so."""
+"""Tests that need a CUDA device; elsewhere they are skipped with a message."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Every operation of every backend once on small odd shapes: what compute-sanitizer watches.
+"""Runs every operation of every backend once on small odd shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.small_cases
 
-Checks results coarsely, so that a launch that fails in silence shows; the tests judge accuracy.
+Checks results coarsely, so that a launch that fails silently is detected; the tests check accuracy.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def signs(M: int, n: int, m: int, backend: str, device: torch.device):
 
 
 def close(found, expected, tolerance: float) -> None:
-    """Raises AssertionError where tensors differ by more than `tolerance` in norm."""
+    """Raises AssertionError if tensors differ by more than `tolerance` in norm."""
     for out, ref in zip(found, expected, strict=True):
         error = (out.double().cpu() - ref.double().cpu()).norm() / ref.double().norm().cpu()
         assert error <= tolerance, f"relative error {error:.1e}; expected at most {tolerance:.0e}"

@@ -1,4 +1,4 @@
-"""Forward and backward in a CUDA graph: replayed on new inputs they give what eager gives."""
+"""Forward and backward in a CUDA graph: replayed on new inputs they equal eager execution."""
 
 import pytest
 import torch

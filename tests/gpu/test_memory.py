@@ -1,4 +1,4 @@
-"""Memory is what the arithmetic says: h alone is kept, nothing of the size of y twice."""
+"""Memory is as calculated: only h is kept, and nothing of the size of y exists twice."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from lorasb_kernels.profiling.shapes import PRESETS, Layer
 from lorasb_kernels.profiling.workload import Run, Workload, adapted_layers
 
-M, N, R = 16384, 4096, 96  # tokens enough to fill any GPU without splitting the contraction
+M, N, R = 16384, 4096, 96  # enough tokens to fill any GPU without splitting the contraction
 DTYPE = torch.bfloat16
 SIZE = DTYPE.itemsize
 
@@ -17,7 +17,7 @@ def run(groups, backend, device, shared=False):
 
 
 def requested_peak(call) -> int:
-    """Bytes asked of the allocator at the worst moment, beyond those held before."""
+    """Peak bytes requested from the allocator, beyond those held before."""
     call()
     torch.cuda.synchronize()
     held = torch.cuda.memory_stats()["requested_bytes.all.current"]

@@ -61,7 +61,7 @@ def test_work_goes_to_the_current_stream(backend, device):
 
 
 def test_streams_at_once_give_the_results_of_one(backend, device):
-    """M = 96 is split over blocks, which meet at counters that no other launch may share."""
+    """M = 96 is split over blocks, which use counters that no other launch may share."""
     runs = []
     for seed in range(4):
         workload = Workload([[Layer("linear", 1024, 768)]], 96, 96, DTYPE, device, seed=seed)
@@ -82,7 +82,7 @@ def test_streams_at_once_give_the_results_of_one(backend, device):
 
 @pytest.fixture
 def far(device):
-    """`far(columns)`: a [M, columns] view whose last rows lie past 2³¹ elements."""
+    """`far(columns)`: a [M, columns] view whose last rows are beyond 2³¹ elements."""
     M, stride = 300, 1 << 23
     if torch.cuda.mem_get_info(device)[0] < 2.2 * DTYPE.itemsize * M * stride:
         pytest.skip("needs 11 GB of free device memory")

@@ -1,4 +1,4 @@
-"""Same inputs, same bits, a hundred times; no host synchronization on the way."""
+"""Same inputs, same bits, a hundred times; no host synchronization."""
 
 import pytest
 import torch

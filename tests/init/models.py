@@ -9,7 +9,7 @@ from tests.models import build
 
 VOCABULARY = 64  # of the models in `tests.models`
 
-# Deep enough to have a first, a middle and a last block, with what must be handled besides.
+# Deep enough to have a first, a middle and a last block, and the special cases between them.
 _CHANGES = {
     "llama": {"num_hidden_layers": 3, "attention_dropout": 0.1, "tie_word_embeddings": True},
     "gemma2": {"num_hidden_layers": 4},
@@ -72,7 +72,7 @@ def stack_batches(sizes: tuple[int, ...] = (3, 2), width: int = 8) -> list[torch
 
 
 def samples(count: int = 5, seed: int = 1, *, classes: int | None = None) -> list[dict]:
-    """Samples of different lengths; labels on a part of the tokens, or a class."""
+    """Samples of different lengths; labels on some of the tokens, or a class."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for index in range(count):
@@ -103,14 +103,14 @@ def padded(rows: list[dict], *, extra: int = 0) -> dict[str, torch.Tensor]:
 
 
 def batches_for(family: str, sizes: tuple[int, ...] = (2, 2, 1)) -> list[dict]:
-    """Samples of the family's task, cut into micro-batches of `sizes`."""
+    """Samples of the family's task, split into micro-batches of `sizes`."""
     rows = samples(sum(sizes), classes=3 if family == "roberta" else None)
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [padded(rows[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """All linear layers but the output head."""
+    """All linear layers except the output head."""
     heads = ("lm_head", "classifier")
     return [
         name

@@ -1,4 +1,4 @@
-"""Block-wise estimation on more architectures: found blocks, no fall back, the same signs."""
+"""Block-wise estimation on more architectures: blocks are found, no fallback, the same signs."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Bad input ends in an error that names it, before or without a half-finished result."""
+"""Bad input raises an error that names it, and no partial result is returned."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Data-parallel ranks: the sign of the sum over all ranks; failing together, never waiting."""
+"""Data-parallel ranks: the sign of the sum over all ranks; they fail together and never hang."""
 
 import os
 import subprocess

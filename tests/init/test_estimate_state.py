@@ -1,4 +1,4 @@
-"""The model, its flags and the random number generators come out as they went in."""
+"""The model, its flags and the random number generators are unchanged afterwards."""
 
 import copy
 import random
@@ -14,7 +14,7 @@ STRATEGIES = ["resident", "layerwise", "grouped"]
 
 
 def state(model) -> dict:
-    """All that must not change, by value, except tensors of parameters and buffers."""
+    """Everything that must not change, by value, except tensors of parameters and buffers."""
     return {
         "training": [module.training for module in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],

@@ -1,4 +1,4 @@
-"""Three strategies, one result; each within the memory and work that it promises."""
+"""Three strategies, one result; each within its stated memory and work."""
 
 import warnings
 import weakref
@@ -24,7 +24,7 @@ from tests.init.models import (
     stack_loss,
 )
 
-# Fits the accumulators of a few layers of the tiny models only.
+# Fits the accumulators of only a few layers of the tiny models.
 SMALL_BUDGET = 16_000
 
 
@@ -138,7 +138,7 @@ def test_block_that_is_used_twice():
 
 
 class _Accumulators:
-    """Watches how many bytes of accumulators live at a time."""
+    """Records how many bytes of accumulators exist at a time."""
 
     def __init__(self, monkeypatch):
         self.peak = 0
@@ -183,7 +183,7 @@ def test_layerwise_runs_each_block_twice_and_keeps_no_activations():
 
 
 class SavesAnArray(torch.autograd.Function):
-    """Identity that saves a tensor over a numpy array, whose life can be watched."""
+    """Identity that saves a tensor over a numpy array, whose lifetime can be observed."""
 
     @staticmethod
     def forward(ctx, x, alive):
@@ -198,7 +198,7 @@ class SavesAnArray(torch.autograd.Function):
 
 
 class Alive:
-    """How many of the arrays that were added live."""
+    """How many of the added arrays are still alive."""
 
     def __init__(self):
         self.references = []
@@ -229,7 +229,7 @@ def test_activations_at_a_time(strategy, most):
 
 
 def test_block_inputs_beyond_the_budget_wait_in_host_memory(monkeypatch):
-    """On the CPU by the same code, with streams that do nothing and memory not pinned."""
+    """On the CPU with the same code, with streams that do nothing and memory that is not pinned."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(boundary_store, "_has_memory_of_its_own", lambda device: True)
     moved = []
@@ -369,7 +369,7 @@ class Stateful(Stack):
 
 
 class Restless(Stack):
-    """Blocks that draw random numbers in eval mode, too."""
+    """Blocks that draw random numbers also in eval mode."""
 
     def __init__(self):
         super().__init__()

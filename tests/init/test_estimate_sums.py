@@ -1,4 +1,4 @@
-"""The sums are the per-sample gradients', whatever the cut into micro-batches."""
+"""The sums are those of the per-sample gradients, however they are split into micro-batches."""
 
 import pytest
 import torch

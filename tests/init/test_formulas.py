@@ -16,7 +16,7 @@ R, GAMMA = 6, 16.0
 
 
 def gradient(m=40, n=28, seed=0):
-    """A gradient with a falling spectrum, fp32."""
+    """A gradient with decreasing singular values, fp32."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
@@ -86,7 +86,7 @@ def test_scaled_b_is_the_same_adapter_with_sigma_in_b(scaling):
 
 
 def test_scaled_b_of_a_gradient_of_low_rank_still_has_an_optimal_gradient():
-    """B = U S has columns that are 0 then; the core's gradient is 0 there, and finite."""
+    """Then B = U S has zero columns; the core's gradient there is 0, and finite."""
     signs = SignMatrix.from_dense(torch.ones(12, 10))  # rank 1
     (plain,) = lora_sb([signs], 3, 1e-2, 1.0, generator())
     adapter = scaled_b(plain, 1.0)

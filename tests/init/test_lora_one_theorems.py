@@ -1,4 +1,4 @@
-"""What the LoRA-One paper (arXiv:2502.01235) proves of linear models, on random problems.
+"""What the LoRA-One paper (arXiv:2502.01235) proves for linear models, on random problems.
 
 Inputs x ~ N(0, I), targets y = (W + Δ) x with Δ of rank r*, loss L = ‖ŷ − y‖² / 2N. The first
 gradient is ∂L/∂W = −Δ XᵀX/N, which estimates −Δ.
@@ -86,7 +86,7 @@ def test_one_step_suffices_up_to_the_sampling_error(problem):
 
 @pytest.mark.parametrize("condition", [1.5, 100.0])
 def test_preconditioned_steps_converge_alike_for_every_condition_number(condition):
-    """A fixed share of the error goes with each preconditioned step; plain descent stalls."""
+    """Each preconditioned step removes a fixed share of the error; plain descent stalls."""
     problem = Problem(3, condition)
     start = lora_one(problem.gradient, RANK, 0.3, "absolute", torch.Generator().manual_seed(0))
     first = last = None

@@ -1,4 +1,4 @@
-"""Free memory is told, and free pages of the heap are handed back."""
+"""Free memory is reported, and free pages of the heap are returned to the system."""
 
 import platform
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is reported of an initialization, and predicted before it."""
+"""The report of an initialization, and its prediction."""
 
 import json
 
@@ -96,7 +96,7 @@ def test_prediction_counts_one_more_forward_for_layerwise():
 
 
 def peak_bytes(work) -> int:
-    """Most bytes of tensors alive at a time, beyond those that were before."""
+    """Peak bytes of live tensors, beyond those that existed before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
@@ -119,7 +119,7 @@ def test_predicted_peak_is_within_a_factor_of_two_of_the_measured(strategy):
         for _ in estimate_updates(model, batches, names, EstimationOptions(strategy=strategy)):
             pass
 
-    estimate()  # what is allocated once stays
+    estimate()  # allocations that are made only once
     prediction = predict(model, samples=16, tokens=32, micro_batch=4)
     predicted = {s.strategy: s.total for s in prediction.strategies}[strategy]
     assert predicted / 2 <= peak_bytes(estimate) <= 2 * predicted

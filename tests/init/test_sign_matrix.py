@@ -1,4 +1,4 @@
-"""SignMatrix: what it stands for, counts, equality, saving and loading."""
+"""SignMatrix: its dense matrix, counts, equality, saving and loading."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_non_finite_elements_are_counted_and_stay():
 
 @pytest.mark.parametrize("matrix_units", [False, True])
 def test_gram_is_exact_with_and_without_matrix_units(matrix_units, monkeypatch):
-    """Over more than one step of 256 columns, at their largest possible sums too."""
+    """Over more than one step of 256 columns, also at the largest possible sums."""
     monkeypatch.setattr(sign_matrix, "_fast_bfloat16", lambda device: matrix_units)
     for dense in (ternary(30, 700), torch.ones(9, 1030)):
         S = SignMatrix.from_dense(dense)

@@ -111,7 +111,7 @@ def test_filtering_needs_few_cycles(name, most):
 
 
 def test_the_bulk_behind_outliers_converges():
-    """Outliers 50 times the bulk would drown it in the filter; locked, they do not."""
+    """Outliers 50 times as large as the bulk would dominate the filter; locked, they do not."""
     dense, r = CASES["outliers on a flat bulk"]
     exact = torch.linalg.svdvals(dense.double())[:r]
     assert exact[2] > 40 * exact[3]
@@ -165,7 +165,7 @@ def test_the_filter_amplifies_no_more_than_an_orthonormalization_bears(largest):
 
 
 def test_estimated_gap_is_the_right_size():
-    """At tolerances loose enough for the true gap to stand clear of rounding."""
+    """At tolerances loose enough that the true gap is larger than rounding."""
     dense = random_signs(400, 600)
     best = torch.linalg.svdvals(dense.double())[:16].square().sum()
     for tol in (0.3, 3e-2, 3e-3):
@@ -238,7 +238,7 @@ def test_running_out_of_iterations_warns_and_says_so():
 @pytest.mark.parametrize("orthonormal", [orthonormalize, cholesky_qr2])
 @pytest.mark.parametrize("noise", [None, 0, 1e-6, 1e-4, 3e-4, 1e-3, 1e-2])
 def test_orthonormalize_survives_dependent_columns(noise, orthonormal):
-    """A block of zeros, and columns that repeat others but for some noise."""
+    """A block of zeros, and columns that repeat others up to some noise."""
     block = torch.randn(2, 100, 8, generator=generator())
     if noise is None:
         block[0] = 0

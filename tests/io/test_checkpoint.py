@@ -1,4 +1,4 @@
-"""Saving and loading adapters: bit for bit in a new process; nothing wrong gets in."""
+"""Saving and loading adapters: bit for bit in a new process; damaged files are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LoRA-XS adapters: R alone is stored, A and B come back from the weights or not at all."""
+"""LoRA-XS adapters: only R is stored; A and B are rebuilt from the weights, or loading fails."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Merging on disk: the weights of merging in memory, whole folders only."""
+"""Merging on disk: the same weights as merging in memory, and only complete folders."""
 
 import json
 import shutil

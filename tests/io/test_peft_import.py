@@ -1,4 +1,4 @@
-"""Plain LoRA, and what the published LoRA-SB and LoRA-XS code leaves, saved by the real peft."""
+"""Plain LoRA, and adapters of the published LoRA-SB and LoRA-XS code, saved by the real peft."""
 
 import json
 import shutil

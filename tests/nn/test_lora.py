@@ -1,4 +1,4 @@
-"""`LoRALinear` through everything an adapted model goes through."""
+"""`LoRALinear` in every use of an adapted model."""
 
 import copy
 import math
@@ -107,7 +107,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 def test_another_configuration_in_the_same_folder_replaces_the_first(tmp_path):
-    """The frozen weights, all that the fingerprint knows here, are the same."""
+    """The frozen weights are the same, and here the fingerprint covers nothing else."""
     save_adapter(trained(lora_alpha=8.0), tmp_path)
     model = trained(lora_alpha=1.0)
     save_adapter(model, tmp_path)

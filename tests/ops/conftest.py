@@ -36,7 +36,7 @@ def dtype(request, backend) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """`torch.empty` hands out NaN: an element that a kernel leaves unwritten shows."""
+    """`torch.empty` returns NaN, so an element that a kernel does not write is detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

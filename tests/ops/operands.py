@@ -1,4 +1,4 @@
-"""Operands of the operator tests, their oracle, and what counts as the same bits."""
+"""Operands of the operator tests, their oracle, and the comparison of bits."""
 
 import math
 
@@ -9,7 +9,7 @@ from lorasb_kernels.ops import reference as references
 from tests.contract import assert_within_contract, relative_error
 from tests.ops.conftest import ON_GPU
 
-# M, n (or m, or K), r: odd and round, no row and one row, every kind of rank tile.
+# M, n (or m, or K), r: odd and round sizes, no row and one row, every kind of rank tile.
 SHAPES = [
     (0, 40, 8),
     (1, 33, 1),
@@ -48,7 +48,7 @@ def dropout_seed(device: torch.device) -> torch.Tensor:
 
 
 def far_memory(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros to lay out operands in far apart; on the CPU, pages nobody touches cost nothing."""
+    """Zeros in which operands are placed far apart; on the CPU untouched pages cost nothing."""
     if device.type != "cpu":
         return torch.zeros(elements, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(elements * dtype.itemsize, dtype=np.uint8)).view(dtype)

@@ -56,7 +56,7 @@ def test_every_backend_packs_the_same_bits(m, n, backend, device):
 
 
 def test_values_without_a_sign(backend, device):
-    """±0 is 0; what is not finite sets both bits; the smallest numbers keep their sign."""
+    """±0 is 0; a non-finite element sets both bits; the smallest numbers keep their sign."""
     tiny = 2.0**-149
     values = [0.0, -0.0, math.nan, math.inf, -math.inf, 1.0, -1.0, tiny, -tiny, 3.4e38, -3.4e38]
     acc = torch.tensor([values], device=device)

@@ -56,7 +56,7 @@ def test_offsets_beyond_32_bits(backend, device):
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_the_second_split_of_more_than_two_to_the_31_numbers(backend, device):
-    """g and h are contiguous, so M·r must be that large: one tile of a dR of absurd rank."""
+    """g and h are contiguous, so M·r must be that large: one tile of a dR of a very large rank."""
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GB of device memory")
     from lorasb_kernels.ops.triton.core_backward import gradient_kernel

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parametrize(
 
 @pytest.fixture
 def route(request, backend, monkeypatch) -> str | None:
-    """Makes Triton's `expand` take the route, whatever it would choose; the others have one."""
+    """Makes Triton's `expand` take this route; the other backends have only one."""
     if request.param is None:
         return None
     from lorasb_kernels.ops.triton import expand as triton

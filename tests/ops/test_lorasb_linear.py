@@ -30,7 +30,7 @@ def operands(M=7, n=24, m=16, r=4, dtype=torch.float64, seed=0, bias=True):
 
 
 def formula(x, weight, lora_A, lora_R, lora_B, bias, scaling):
-    """DESIGN's first equation, literally."""
+    """y = x (W + s·B·R·A)ᵀ + bias, literally."""
     y = x @ (weight + scaling * lora_B @ lora_R @ lora_A).T
     return y if bias is None else y + bias
 

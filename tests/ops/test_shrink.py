@@ -38,7 +38,11 @@ def test_strides(backend, dtype, device):
 def test_offsets_beyond_32_bits(backend, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GB of device memory")
-    stride, n, r = 2**30 + 8, 40, 8  # the stride fits 32 bits, that of the third row does not
+    stride, n, r = (
+        2**30 + 8,
+        40,
+        8,
+    )  # the stride fits in 32 bits, the offset of the third row does not
     x = far_memory(2 * stride + n, torch.float16, device).as_strided((3, n), (stride, 1))
     small, lora_A, lora_R = operands(3, n, r, torch.float16, device)
     x.copy_(small)

@@ -24,7 +24,7 @@ def operands(tokens, m, n, dtype, device, weighted):
 
 
 def exact(dy, x, weight):
-    """The gradient in float64 and a bound of the rounding of any fp32 sum of its terms."""
+    """The gradient in float64 and a bound on the rounding of any fp32 sum of its terms."""
     dy, x = dy.double().cpu(), x.double().cpu()
     if weight is not None:
         dy = dy * weight.double().cpu()[:, None]
@@ -33,7 +33,7 @@ def exact(dy, x, weight):
 
 
 def clear_signs(planes, dy, x, weight):
-    """Asserts the signs wherever the sum stands clear of rounding; returns how many do."""
+    """Asserts the signs wherever the sum is larger than rounding; returns how many are."""
     gradient, rounding = exact(dy, x, weight)
     clear = gradient.abs() > rounding
     signs = unpack(*(plane.cpu() for plane in planes), x.shape[1]).double()
@@ -118,7 +118,7 @@ def test_weights_make_every_sample_count_as_they_say(backend, device):
 
 
 def test_small_weights_are_not_rounded_to_sixteen_bits(backend, device):
-    """1 + 2⁻¹² is 1 in fp16 and bf16; two tokens that cancel but for it must not vanish."""
+    """1 + 2⁻¹² is 1 in fp16 and bf16; two tokens that differ only by it must not cancel."""
     dy = torch.ones(2, 3, dtype=torch.float16, device=device)
     x = torch.tensor([[1.0] * 5, [-1.0] * 5], dtype=torch.float16, device=device)
     weight = torch.tensor([1 + 2**-12, 1.0], device=device)

@@ -75,7 +75,7 @@ def test_no_rows_and_no_columns(backend, device):
 @pytest.mark.skipif(ON_GPU, reason="the interpreter is off; a GPU runs its own bf16 terms")
 @pytest.mark.parametrize("transpose", [False, True])
 def test_three_terms_carry_the_dense_operand(transpose, monkeypatch, device):
-    """The GPU's bf16 terms, tried in the interpreter with fp16: three make all of fp32."""
+    """The GPU's bf16 terms, tested in the interpreter with fp16: three terms give all of fp32."""
     kernels = pytest.importorskip("lorasb_kernels.ops.triton.sign_matmul")
     S = signs(40, 70, device)
     S = S.T if transpose else S

@@ -6,7 +6,12 @@ import torch
 from lorasb_kernels.functional import sign_accumulate_, sign_gradient
 from tests.ops.operands import far_memory, normal
 
-STRIDE, TOKENS, M, N = 2**30 + 8, 3, 5, 40  # the stride fits 32 bits, that of the third token not
+STRIDE, TOKENS, M, N = (
+    2**30 + 8,
+    3,
+    5,
+    40,
+)  # the stride fits in 32 bits, the third token's offset not
 
 
 @pytest.mark.parametrize("far", ["dy", "x"])

@@ -33,7 +33,7 @@ def test_opcheck(operation, variant, backend, device):
 
 
 def test_compiles_in_one_graph(backend, device):
-    """The accumulator's mutation is seen by what follows it."""
+    """Operations after the mutation of the accumulator see the new values."""
 
     def step(acc, dy, x, dense):
         sign_accumulate_(acc, dy, x, backend=backend)

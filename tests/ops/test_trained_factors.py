@@ -174,7 +174,7 @@ def test_a_group_equals_its_layers(keeps_stack):
     layers = [factors(("lora_A", "lora_B"), True, m=m, seed=m) for m in (16, 10)]
     x = layers[0].pop("x")
     layers[1].pop("x")
-    # One A of the two is frozen: its neighbour's gradient must not suffer.
+    # One of the two A's is frozen: the gradient of the other must not change.
     layers[1]["lora_A"] = layers[1]["lora_A"].detach()
     columns = {name: [layer[name] for layer in layers] for name in layers[0]}
     stacked = torch.cat([a.detach() for a in columns["lora_A"]]) if keeps_stack else None

@@ -1,4 +1,4 @@
-"""The two GEMMs of `expand` without dropout: their sum, their order, and what the order is for."""
+"""The two GEMMs of `expand` without dropout: their sum, their order and its reason."""
 
 import pytest
 import torch

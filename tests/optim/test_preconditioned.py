@@ -125,13 +125,14 @@ class TestIllConditioned:
             pairs[0][1][:, 1] = pairs[0][1][:, 0]  # two equal columns: BᵀB is singular
         optimizer = optimizer_of(pairs, damping=0.0)
         set_gradients(pairs, 0)
-        # A singular Gram matrix may factor by a lucky rounding; one rounded the other way cannot.
+        # A singular Gram matrix may factor because of rounding; one rounded the other way cannot.
         gram = pairs[0][1].mT @ pairs[0][1]
         gram[1, 1] -= 2e-6 * gram[1, 1]
         inverse = optimizer._inverse(gram[None].detach(), 0.0, 20)
         assert inverse.isfinite().all()
         assert optimizer.damped_steps == 1
-        # What rounding cannot explain is no Gram matrix: it must not look like a result.
+        # A matrix that rounding cannot explain is not a Gram matrix: it must not give a finite
+        # result.
         gram[1, 1] -= 0.1 * gram[1, 1]
         assert optimizer._inverse(gram[None].detach(), 0.0, 20).isnan().all()
 

@@ -1,4 +1,4 @@
-"""Counted bytes and flops equal what PyTorch is seen to move and compute."""
+"""Counted bytes and flops equal those that PyTorch's operations move and compute."""
 
 import math
 
@@ -20,7 +20,7 @@ VIEWS = ("t", "view", "_unsafe_view", "detach", "transpose", "expand", "alias")
 
 
 class Counter(TorchDispatchMode):
-    """Bytes into and out of every operation but views, and flops of the matrix products."""
+    """Bytes into and out of every operation except views, and flops of the matrix products."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Optimizer and RNG states survive a file without pickle, bit for bit."""
+"""Optimizer and RNG states are restored from a file without pickle, bit for bit."""
 
 import random
 

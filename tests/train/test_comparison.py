@@ -1,4 +1,4 @@
-"""`lorasb compare`: cells, tables, the learning rate taken over, a task of one's own."""
+"""`lorasb compare`: cells, tables, the reused learning rate, a task of the user's own."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_cells_rows_and_table(task, tmp_path, monkeypatch):
     assert all(len(row["test"]) == 2 for row in first)
     assert best["steps_per_second"] > 0
     assert best["init_seconds"] > 0
-    # Two sweep runs judged on validation rows; two seeds a contender on test rows.
+    # Two sweep runs evaluated on validation rows; two seeds per contender on test rows.
     assert len(list((tmp_path / "cells").iterdir())) == 2 + 4
     (path,) = (tmp_path / "cells").glob("gamma-8-lr*-seed1-test.json")
     cell = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The demonstrations: their data, their cache, and a whole run on tiny stand-ins."""
+"""The demonstrations: their data, their cache, and a whole run with a tiny model."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def test_the_split_is_disjoint_and_depends_on_the_text_alone():
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A wheel that already lies in the cache `tmp_path / "cache"`."""
+    """A wheel that is already in the cache `tmp_path / "cache"`."""
     path = tmp_path / "cache" / "wheels" / "toy-1.0-py3-none-any.whl"
     path.parent.mkdir(parents=True)
     with zipfile.ZipFile(path, "w") as archive:
@@ -164,7 +164,7 @@ def test_the_comparison_keeps_its_cells(bert, tmp_path, monkeypatch, capsys):
     reason="`lorasb demo` has not fetched the real model and headlines",
 )
 def test_the_real_model_and_headlines():
-    """Counts and tokens are those of the packages; the model is no quantized one."""
+    """Counts and tokens are those of the packages; the model is not quantized."""
     split = headlines.load()
     assert sum(map(len, split)) == 28498
     from transformers import AutoModelForCausalLM, AutoTokenizer

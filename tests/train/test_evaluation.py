@@ -91,7 +91,7 @@ def test_choice_compares_where_the_choices_part(model, encoder, tokenizer):
     likelier = choices[scores[ids].argmax()]
     rows = [Example("film?", likelier, choices)]
     assert evaluate(model, encoder, rows, "choice", batch_size=1) == 1
-    # A choice that is the beginning of another parts from it at its end.
+    # A choice that is the beginning of another differs from it at its end.
     rows = [Example("film?", "good", ("good", "good film"))]
     assert evaluate(model, encoder, rows, "choice", batch_size=1) in (0, 1)
 

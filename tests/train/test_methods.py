@@ -60,7 +60,7 @@ def test_lora_pro_trains_with_its_own_optimizer(llama, tmp_path):
 
 
 def test_lora_sb_starts_below_lora_xs(llama, tmp_path):
-    """Its initialization is already a step down the gradient of real samples."""
+    """Its initialization is already a step along the negative gradient of real samples."""
 
     def first_loss(method: str) -> float:
         folder = tmp_path / method
@@ -128,10 +128,10 @@ def test_packed_batches_train(llama, tmp_path):
 
 
 def test_accumulation_is_a_larger_batch(llama, tmp_path):
-    """The loss is a mean over all response tokens of the step, however it is cut."""
+    """The loss is a mean over all response tokens of the step, however it is split."""
     whole = finetune(tiny_config(llama, tmp_path / "a", batch_size=8), sums(48))[2]
     parts = finetune(tiny_config(llama, tmp_path / "b", batch_size=2, accumulation=4), sums(48))[2]
-    # The estimation batches differ in size, which must not matter either.
+    # The estimation batches differ in size, which must not matter.
     torch.testing.assert_close(
         torch.tensor(parts.losses), torch.tensor(whole.losses), rtol=2e-3, atol=0
     )

@@ -1,7 +1,6 @@
-"""Killed at any moment and started again, a run has the loss curve it would have had.
+"""A run that is killed at any moment and started again has the loss curve of an uninterrupted run.
 
-The runs are processes of their own, ended by SIGKILL: at a step, and in the middle of
-writing a checkpoint.
+The runs are separate processes, ended by SIGKILL: at a step, and while writing a checkpoint.
 """
 
 import json
@@ -17,8 +16,7 @@ import pytest
 from lorasb_kernels.train.run import finetune
 from tests.train.conftest import sums, tiny_config
 
-# Ends the process the `when`-th time that `where` is called; `where` is a function of the
-# modules that the trainer saves with.
+# Ends the process at the `when`-th call of `where`, a function that the trainer uses to save.
 KILLED = textwrap.dedent(
     """
     import os, signal, sys

@@ -1,4 +1,4 @@
-"""Two amounts of everything that is drawn: a little in `make test`, a lot where it is slow.
+"""Two numbers of drawn cases: a few in `make test`, many in the slow tests.
 
 Draws are the same at every run of the same tests, so a red test stays red; another selection
 may draw others, as hypothesis also tries constants of the modules that are loaded.

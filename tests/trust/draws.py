@@ -1,4 +1,4 @@
-"""What hypothesis draws: sizes, and how each operand is filled, scaled, spoilt and laid out."""
+"""What hypothesis draws: sizes, and the values, scale, special elements and layout of operands."""
 
 import math
 from dataclasses import dataclass

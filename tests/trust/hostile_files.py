@@ -114,7 +114,7 @@ def append_tensor(draw, own_shape: list[int], start: int) -> dict:
     """The entry of a tensor behind the data, of a drawn dtype and shape."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.sampled_from([own_shape, own_shape, [], [1], [0, 5], [FEATURES, RANK]]))
-    if not 0 <= math.prod(shape) <= 1000:  # an earlier damage left it; the bytes are really written
+    if not 0 <= math.prod(shape) <= 1000:  # left by an earlier damage; the bytes are really written
         shape = [1]
     end = start + math.prod(shape) * BYTES.get(dtype, 1)
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}

@@ -1,19 +1,19 @@
-"""How far an output is from the float64 oracle, in units of what it may be.
+"""The error of an output against the float64 oracle, relative to the allowed error.
 
-Two judgements, both as a ratio that must not exceed 1:
+Two measures, both a ratio that must not exceed 1:
 
 * `contract`: for the whole tensor, by maximum and by norm,
       err(out) ≤ 2·(err(eager) + eps·|exact| + luck·terms).
   The last term is one rounding of the magnitudes that were summed: where they cancel, eager
   may hit the result by luck. It is an fp32 rounding, luck = 2⁻²³, and in a tensor of few
   elements, which may all be hit, one of the dtype, luck = eps/2.
-* `elements`: for each element by itself, err ≤ 2·err(eager) + 8·eps·terms, so that a small
-  row beside a large one counts too.
+* `elements`: for each element, err ≤ 2·err(eager) + 8·eps·terms, so that a small row next to a
+  large one is checked too.
 
-eps is that of the dtype in which intermediate results are stored. To err(eager) comes 2⁻¹²⁶,
-what a product that flushes subnormal numbers to zero loses. Before either: where the
-exact result is NaN or infinite the output must not be finite; where it is finite the output
-must be finite, unless the terms or the same formula in eager PyTorch overflow.
+eps is that of the dtype in which intermediate results are stored. 2⁻¹²⁶ is added to err(eager),
+which a product loses if it flushes subnormal numbers to zero. Before both measures: where the exact
+result is NaN or infinite the output must not be finite; where it is finite the output must be
+finite, unless the terms or the same formula in eager PyTorch overflow.
 """
 
 import math
@@ -29,7 +29,7 @@ FEW = 16
 
 @dataclass(frozen=True)
 class Verdict:
-    """Worst ratios of one output; `fault` names what no tolerance excuses."""
+    """Worst ratios of one output; `fault` names an error that no tolerance allows."""
 
     contract: float
     elements: float

@@ -2,9 +2,9 @@
 
     python -m tests.trust.killed_runs MODEL FOLDER '[["kill", 7], ["disk", 4], …]'
 
-prints a line of JSON for each fault. A run is killed at its n-th change to a file (made,
-written to, renamed or removed), which is where half a checkpoint could come from, or after so
-many seconds; then it is started again until it ends.
+prints a line of JSON for each fault. A run is killed at its n-th change to a file (created,
+written, renamed or removed), which could leave a partial checkpoint, or after a number of seconds;
+then it is started again until it ends.
 """
 
 import json
@@ -49,7 +49,7 @@ def forked(work: Callable[[], None], seconds: float | None = None) -> tuple[int,
 
 
 def start(work: Callable[[], None]) -> tuple[int, int]:
-    """Starts `work` in a fork: its number, and the pipe it writes its error to."""
+    """Starts `work` in a fork; returns its process id and the pipe it writes its error to."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -130,13 +130,13 @@ def not_a_number(model) -> None:
 
 
 def full_disk(bytes_left: int) -> None:
-    """Every file of this process ends at so many bytes."""
+    """Limits every file of this process to this many bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
 
 
 class Runs:
-    """Runs of one configuration in folders of their own."""
+    """Runs of one configuration, each in its own folder."""
 
     def __init__(self, model: Path, folder: Path):
         self.model, self.folder, self.count = model, folder, 0
@@ -149,7 +149,7 @@ class Runs:
         run.finetune(config(self.model, folder), sums(ROWS), callbacks=callbacks)
 
     def finish(self, folder: Path) -> dict:
-        """Starts the run again until it ends; what came of it."""
+        """Starts the run again until it ends; returns its outcome."""
         status, error = forked(lambda: self.train(folder))
         result = folder / "result.json"
         losses = json.loads(result.read_text())["losses"] if result.exists() else None
@@ -218,7 +218,7 @@ class Runs:
         return {"first": first, "steps": steps, "alone": alone, "second": second, "losses": losses}
 
     def whole(self) -> dict:
-        """A run that nothing happens to, with its seconds and changes to files."""
+        """A run without a fault, with its seconds and changes to files."""
         folder, counter = self.new_folder(), self.folder / "changes"
 
         def counted() -> None:

@@ -27,7 +27,7 @@ FP32 = torch.float32
 
 
 class Case:
-    """Operands drawn one after another, each from a seed of its own."""
+    """Operands drawn one after another, each from its own seed."""
 
     def __init__(self, data, dtype: torch.dtype, device: torch.device):
         self.data, self.dtype, self.device = data, dtype, device
@@ -171,7 +171,7 @@ def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
     """Two or three layers on one input.
 
     Their factors are finite and of size 1, and no x Aᵀ overflows: the layers share one product
-    with R, in which what is not finite reaches the siblings.
+    with R, through which non-finite values reach the siblings.
     """
     tokens, n, r = leading_dimensions(case), case.draw(draws.sizes(70)), case.draw(draws.ranks(20))
     x = case.operand(*tokens, n, layouts=ANY, largest=False).requires_grad_()
@@ -255,7 +255,7 @@ def try_sign_accumulate(case: Case, backend: str) -> list[Verdict]:
 
 
 def signs_of(planes, columns: int) -> torch.Tensor:
-    """float64 on the CPU, NaN for what is not finite; asserts that padding bits are 0."""
+    """float64 on the CPU, NaN for non-finite elements; asserts that padding bits are 0."""
     padded = unpack(*(p.cpu() for p in planes), words(columns) * 32, torch.float64)
     assert not padded[:, columns:].any(), "padding bits are 0"
     return padded[:, :columns]

@@ -1,4 +1,4 @@
-"""Writes docs/numerics.md: how near each operation comes to what it may err.
+"""Writes docs/numerics.md: the error of each operation, relative to the allowed error.
 
     python -m tests.trust.report [--cases 200] [--out docs/numerics.md]
 

@@ -1,4 +1,4 @@
-"""`expand` by tensor maps: its values, and which operands can be described by one."""
+"""`expand` with tensor maps: its values, and which operands a tensor map can describe."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.ops.conftest import ON_GPU
 from tests.ops.operands import check, dropout_seed, normal, same_bits
 
 TILE = ExpandTile(num_warps=4, num_stages=2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
-# M, N, K, r: any M; sizes of one tile and of several, with edges; ranks of no whole tile.
+# M, N, K, r: any M; sizes of one and of several tiles, with edges; ranks of partial tiles.
 SHAPES = [
     (0, 16, 24, 8),
     (1, 8, 8, 8),
@@ -84,7 +84,7 @@ def test_values(M, N, K, r, transposed, dropout, dtype, device, described):
 
 
 def test_rows_apart_in_memory(dtype, device, described):
-    """Every other row, and a window of the columns that starts at a multiple of 16 bytes."""
+    """Every other row, and a range of columns that starts at a multiple of 16 bytes."""
     x, *rest = operands(50, 40, 88, 16, dtype, device, transposed=False)
     x, weight = x[::2, 8:], rest[0][:, 8:]
     p = rest[1][:25]

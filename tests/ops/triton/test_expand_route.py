@@ -125,7 +125,7 @@ def test_a_missing_tuning_file_is_named(file):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_measuring_keeps_the_fastest_tile_of_each_route(transposed, monkeypatch):
-    """Times are made up; the operands and the routes are real, in the interpreter."""
+    """The times are invented; the operands and the routes are real, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("the device measures by itself")
     times = iter([2.0, 5.0, 3.0, 7.0, 4.0])

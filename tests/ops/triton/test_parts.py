@@ -1,4 +1,4 @@
-"""The Triton form of the dropout bits against exact integers, far out in a large matrix."""
+"""The dropout bits in Triton against exact integers, at large indices of a large matrix."""
 
 import pytest
 import torch
