@@ -267,7 +267,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 
 def blocks_per_sm(arch: str, registers: int, shared: int, num_warps: int) -> int:
-    """Blocks resident per multiprocessor: registers in units of 256 per warp, 1 KB reserved each."""
+    """Blocks per multiprocessor: registers in units of 256 per warp, 1 KB reserved per block."""
     device = DEVICES[arch]
     registers_per_warp = -(-registers * 32 // 256) * 256
     return min(
