@@ -22,11 +22,17 @@ from lorasb_kernels.train.run import finetune
 from lorasb_kernels.train.summary import runs_table
 
 HELD_OUT_TEMPLATES = set(range(0, 100, 6))  # every sixth
-GPU = {"train": 12_800, "test": 512, "settings": {"dtype": "bfloat16", "batch_size": 32}}
+GPU = {"train": 12_800, "test": 512, "settings": {"batch_size": 32, "init_minimum": 32}}
 TINY = {
     "train": 64,
     "test": 8,
-    "settings": {"batch_size": 4, "max_length": 256, "max_new_tokens": 32, "init_minimum": 8},
+    "settings": {
+        "dtype": "float32",
+        "batch_size": 4,
+        "max_length": 256,
+        "max_new_tokens": 32,
+        "init_minimum": 8,
+    },
 }
 
 
@@ -59,6 +65,7 @@ def main() -> None:
     batch = size["settings"]["batch_size"]
     settings = {
         "preset": "arithmetic",
+        "template": None,  # the model's own chat template
         "model": str(assets.smollm2()),
         "data": "gsm_symbolic",
         "output_dir": options.output_dir,
@@ -72,9 +79,10 @@ def main() -> None:
     model, encoder, result = finetune(resolve(settings), train, test, judge_before=True)
     console.print(runs_table([result]))
     console.print(f"exact answers: {result.before:.3f} → {result.after:.3f} of {len(test)}")
-    prompt = encoder.prompt(test[0].instruction)
+    prompt = encoder.question(test[0])
     console.print(test[0].instruction)
-    console.print(generate(model.eval(), encoder, [prompt], result.config.max_new_tokens)[0])
+    tokens = result.config.max_new_tokens or 256
+    console.print(generate(model.eval(), encoder, [prompt], tokens)[0])
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def own_task(options: argparse.Namespace):
     """
     from lorasb_kernels.train.comparison import Task
     from lorasb_kernels.train.config import load_file, load_preset, resolve
-    from lorasb_kernels.train.run import read
+    from lorasb_kernels.train.run import read_held_out, read_training
 
     for name in ("validation", "test", "methods"):
         if not getattr(options, name):
@@ -79,9 +79,8 @@ def own_task(options: argparse.Namespace):
     if "preset" in settings:
         settings = load_preset(settings.pop("preset")) | settings
     config = resolve(settings | {"output_dir": options.output_dir})
-    train, validation, test = (
-        read(config, path) for path in (config.data, options.validation, options.test)
-    )
+    train = read_training(config)
+    validation, test = (read_held_out(config, s) for s in (options.validation, options.test))
     # The settings as given: defaults that depend on the method are filled in per contender.
     title = Path(config.data).stem
     return Task(title, settings, train, validation, test, config.evaluation)

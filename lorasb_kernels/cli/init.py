@@ -46,15 +46,13 @@ def predict(config: TrainConfig) -> str:
     from lorasb_kernels.init.predict import Rates, predict_init
     from lorasb_kernels.targets import find_targets
     from lorasb_kernels.train.methods import estimation_batches, heads
-    from lorasb_kernels.train.run import read
+    from lorasb_kernels.train.run import encode, read_training
 
-    rows = read(config, config.data)
+    rows = read_training(config)
     with torch.device("meta"):
         model, encoder = _skeleton(config)
-    encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
-    batches = list(
-        estimation_batches(config, encode(rows), encoder.pad_token_id, torch.device("cpu"))
-    )
+    rows = encode(encoder, config, rows, "training")
+    batches = list(estimation_batches(config, rows, encoder.pad_token_id, torch.device("cpu")))
     samples = sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     saved = heads(model) if config.task == "classification" else ()
@@ -92,7 +90,7 @@ def _skeleton(config: TrainConfig):
         AutoTokenizer,
     )
 
-    from lorasb_kernels.train.encoding import Encoder
+    from lorasb_kernels.train.run import make_encoder
 
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     if tokenizer.pad_token_id is None:
@@ -102,27 +100,24 @@ def _skeleton(config: TrainConfig):
     model = kind.from_config(
         AutoConfig.from_pretrained(config.model), dtype=getattr(torch, config.dtype)
     )
-    return model, Encoder(tokenizer, config.max_length, config.system_prompt)
+    return model, make_encoder(config, tokenizer)
 
 
 def initialize(config: TrainConfig) -> str:
     """Initializes and saves the adapter of `config`; returns the report as a table."""
     from lorasb_kernels.init.report import InitReport
-    from lorasb_kernels.train.encoding import Encoder
     from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
-    from lorasb_kernels.train.run import claim, load_model, read
+    from lorasb_kernels.train.run import claim, encode, load_model, make_encoder, read_training
     from lorasb_kernels.train.trainer import initial_step, training_arguments
 
     folder = Path(config.output_dir)
     if (folder / ADAPTER_FOLDER).exists():
         raise ConfigError(f"output_dir {str(folder)!r} holds an adapter; expected another one")
-    rows = read(config, config.data)
+    rows = read_training(config)
     claim(folder, config, rows)
     arguments = training_arguments(config)
     model, tokenizer = load_model(config, rows)
-    encoder = Encoder(tokenizer, config.max_length, config.system_prompt)
-    encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
-    samples = encode(rows)
+    samples = encode(make_encoder(config, tokenizer), config, rows, "training")
     eta = initial_step(config, arguments, len(samples))
     model = prepare(model.to(arguments.device), config, samples, tokenizer.pad_token_id, eta)
     report = InitReport.of(model)

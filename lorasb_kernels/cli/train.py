@@ -16,7 +16,7 @@ from typing import Any
 
 from lorasb_kernels.train.config import METHODS, fields, load_file, preset_names, resolve
 
-MANY = {"method", "target_modules", "report_to"}  # flags that take several values
+MANY = {"method", "target_modules", "report_to", "stop"}  # flags that take several values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +70,13 @@ def run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from lorasb_kernels.train.progress import console
-    from lorasb_kernels.train.run import finetune, is_main_process, read
+    from lorasb_kernels.train.run import finetune, is_main_process, read_held_out, read_training
     from lorasb_kernels.train.summary import Curve, loss_figure, runs_table
     from lorasb_kernels.utils.figures import save_png
 
     logging.disable_progress_bar()
-    train_rows = read(configs[0], configs[0].data)
-    eval_rows = read(configs[0], configs[0].eval_data) if configs[0].eval_data else ()
+    train_rows = read_training(configs[0])
+    eval_rows = read_held_out(configs[0], configs[0].eval_data) if configs[0].eval_data else ()
     results = [finetune(config, train_rows, eval_rows)[2] for config in configs]
     if is_main_process():
         folder = Path(configs[0].output_dir)

@@ -13,7 +13,9 @@ from typing import Any
 
 from lorasb_kernels.config import INITS, SPECTRAL_SCALINGS, InitFacts
 from lorasb_kernels.init.estimation.options import STRATEGIES
+from lorasb_kernels.train.data import FORMATS
 from lorasb_kernels.train.errors import ConfigError, shown
+from lorasb_kernels.train.templates import TEMPLATES
 
 TASKS = ("causal-lm", "classification")
 # rslora: lora with a scaling of α/√r; lora-pro: lora with its own optimizer.
@@ -27,7 +29,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 BATCHING = ("length-grouped", "packed")
 DTYPES = ("float32", "bfloat16")
 EVALUATIONS = {
-    "causal-lm": ("loss", "numeric", "choice"),
+    "causal-lm": ("loss", "numeric", "math", "answer", "choice"),
     "classification": ("accuracy", "matthews", "pearson"),
 }
 MAX_FILE_BYTES = 1 << 20
@@ -43,9 +45,11 @@ class TrainConfig:
     """
 
     model: str  # folder or hub id
-    data: str  # JSONL or CSV: instruction and response, or text and label
+    data: str  # a file or hub:<name>:<split>, in one of the forms of docs/training.md
     output_dir: str
-    eval_data: str | None = None  # a file like `data`; None: no evaluation
+    eval_data: str | None = None  # like `data`; None: no evaluation
+    data_format: str | None = None  # of `data`; None: recognised by its fields
+    data_limit: int | None = None  # rows of `data` to take, from its beginning; None: all
     task: str = "causal-lm"
     method: str = "lora-sb"
     r: int = 16
@@ -59,13 +63,17 @@ class TrainConfig:
     schedule: str = "linear"
     warmup_ratio: float = 0.02
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0: no clipping
     batch_size: int = 16  # samples per device and forward pass
     accumulation: int = 1  # forward passes per step
     epochs: float = 1.0
     max_steps: int | None = None  # overrides `epochs`
     max_length: int = 512  # tokens
+    max_cut_share: float = 0.1  # of the rows, that `max_length` may cut or leave out
+    template: str | None = None  # prompts of a paper's code; None: the chat template's, or plain
     system_prompt: str | None = None  # None: the chat template's own
+    response_prefix: str | None = None  # the answer's first words in evaluation; None: template's
+    stop: tuple[str, ...] | None = None  # texts that end a generated answer; None: template's
     batching: str = "length-grouped"
     init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
     init_minimum: int = 32  # samples, when the share is fewer
@@ -81,14 +89,14 @@ class TrainConfig:
     backend: str = "auto"
     evaluation: str | None = None  # None: loss or accuracy, by task
     eval_batch_size: int = 32
-    max_new_tokens: int = 256  # for `evaluation: numeric`
+    max_new_tokens: int | None = None  # of a generated answer; None: by the metric
     save_steps: int = 100  # a checkpoint every this many steps
     keep_checkpoints: int = 2
     report_to: tuple[str, ...] = ()  # loggers of transformers' Trainer
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("report_to", "target_modules"):
+        for name in ("report_to", "target_modules", "stop"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in dataclasses.fields(self):
@@ -117,6 +125,16 @@ class TrainConfig:
                 f"optimal_gradient is true and method {self.method!r}; expected a method that "
                 "trains a core"
             )
+        if self.data_format is not None:
+            self._one_of("data_format", FORMATS)
+        if self.template is not None:
+            self._one_of("template", tuple(TEMPLATES))
+            if self.system_prompt is not None:
+                raise ConfigError(
+                    f"system_prompt is given with template {self.template!r}; expected one of them"
+                )
+        if "" in (self.stop or ()):
+            raise ConfigError("stop holds an empty text; expected texts that end an answer")
         self._one_of("init_strategy", STRATEGIES)
         self._one_of("schedule", SCHEDULES)
         self._one_of("batching", BATCHING)
@@ -129,13 +147,13 @@ class TrainConfig:
         positive = ("r", "learning_rate", "batch_size", "accumulation", "epochs", "max_length")
         positive += ("init_minimum", "eval_batch_size", "max_new_tokens", "save_steps")
         positive += ("keep_checkpoints", "max_steps", "lora_alpha", "init_learning_rate")
-        positive += ("damping", "gamma", "init_memory_budget")
+        positive += ("damping", "gamma", "init_memory_budget", "data_limit")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; expected a positive number")
         limits = {"dropout": 1, "warmup_ratio": 1, "weight_decay": math.inf}
-        limits |= {"max_grad_norm": math.inf, "seed": 2**32}
+        limits |= {"max_grad_norm": math.inf, "seed": 2**32, "max_cut_share": 1 + 1e-9}
         for name, upper in limits.items():
             if not 0 <= getattr(self, name) < upper:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 ≤ {name} < {upper}")
@@ -201,7 +219,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Settings of a preset.
+    """Settings of a preset, on top of those of the preset that it names itself.
 
     Raises:
         ConfigError: no such preset.
@@ -209,7 +227,9 @@ def load_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"preset is {shown(name)}; expected one of {', '.join(preset_names())}")
     file = importlib.resources.files(__package__) / "presets" / f"{name}.yaml"
-    return _parse(file.read_text(encoding="utf-8"), f"preset {name}")
+    settings = _parse(file.read_text(encoding="utf-8"), f"preset {name}")
+    base = settings.pop("preset", None)
+    return settings if base is None else load_preset(base) | settings
 
 
 def load_file(path: str | Path) -> dict[str, Any]:

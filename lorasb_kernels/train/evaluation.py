@@ -1,64 +1,71 @@
-"""Evaluates a model on held-out rows: exact numbers, choices, classes, scores."""
+"""Judging a model on held-out rows: written answers, choices, classes, scores."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorasb_kernels.init.estimation.losses import IGNORED
+from lorasb_kernels.train import answers
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.encoding import Encoded, Encoder
-from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.train.errors import DataError, shown
+from lorasb_kernels.train.latex import equivalent
 from lorasb_kernels.train.loss import takes_logits_to_keep, token_losses
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-
-
-def final_number(text: str) -> Fraction | None:
-    """The number after the last `####`, else the last number of the text; None if there is none.
-
-    Thousands separators, decimals and fractions are understood, so `1,200.0` equals `1200`.
-    """
-    marked = text.rpartition("####")[2] if "####" in text else text
-    numbers = _NUMBER.findall(marked)
-    if not numbers:
-        return None
-    number = numbers[0] if "####" in text else numbers[-1]
-    numerator, _, denominator = number.replace(",", "").partition("/")
-    if denominator and int(denominator) == 0:
-        return None
-    return Fraction(numerator) / int(denominator or 1)
-
-
-def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of predictions that equal their label."""
-    return sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
-
-
-def matthews(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Matthews correlation of two or more classes (Gorodkin 2004); 0 when it is undefined."""
-    classes = max(*predictions, *labels) + 1
-    p = torch.nn.functional.one_hot(torch.tensor(predictions), classes).double()
-    y = torch.nn.functional.one_hot(torch.tensor(labels), classes).double()
-    p, y = p - p.mean(0), y - y.mean(0)
-    spread = (p.square().sum() * y.square().sum()).sqrt()
-    return ((p * y).sum() / spread).item() if spread > 0 else 0.0
-
-
-def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Pearson correlation; 0 when either side is constant."""
-    p, y = (torch.tensor(values, dtype=torch.float64) for values in (predictions, labels))
-    p, y = p - p.mean(), y - y.mean()
-    spread = p.norm() * y.norm()
-    return (p @ y / spread).item() if spread > 0 else 0.0
-
-
-CLASSIFICATION_METRICS = {"accuracy": accuracy, "matthews": matthews, "pearson": pearson}
+from lorasb_kernels.train.metrics import CLASSIFICATION_METRICS
 
 Progress = Callable[[Sequence], Iterator]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A metric of generated answers: the share that says what the row's response says.
+
+    Args:
+        expected: what the row's response says; None for a row that cannot be judged.
+        said: what an answer to that row says.
+        same: whether they are the same.
+        kind: what an unusable response lacks, for the error.
+        tokens: length of an answer, where none is given.
+    """
+
+    expected: Callable[[Example], Any]
+    said: Callable[[Example, str], Any]
+    same: Callable[[Any, Any], bool]
+    kind: str
+    tokens: int
+
+
+def _label(row: Example) -> str | None:
+    return row.label if row.label in row.choices else None
+
+
+WRITTEN = {
+    "numeric": Written(
+        lambda row: answers.final_number(row.response),
+        lambda row, text: answers.final_number(text),
+        lambda said, expected: said == expected,
+        "number",
+        256,
+    ),
+    "math": Written(
+        lambda row: answers.final_latex(row.response),
+        lambda row, text: answers.final_latex(text),
+        lambda said, expected: said is not None and equivalent(said, expected),
+        "\\boxed{…} and no 'The answer is:'",
+        512,
+    ),
+    "answer": Written(
+        _label,
+        lambda row, text: answers.chosen(text, row.choices),
+        lambda said, expected: said == expected,
+        "choice of its row",
+        32,
+    ),
+}
 
 
 def evaluate(
@@ -68,7 +75,7 @@ def evaluate(
     metric: str,
     *,
     batch_size: int,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     progress: Progress = iter,
 ) -> float:
     """The metric of `model` on `rows`; the model's mode is restored.
@@ -77,11 +84,13 @@ def evaluate(
         model: a causal language model, or a classifier for labelled rows.
         encoder: encodes the rows as in training.
         rows: examples for `loss`, `numeric`, `choice`; labelled texts for the others.
-        metric: `loss` (mean over response tokens, nats), `numeric` (share of greedy answers
-            whose final number is the response's), `choice` (share of examples whose likeliest
-            choice is the response), `accuracy`, `matthews`, `pearson`.
+        metric: `loss` (mean over response tokens, nats); of greedy answers, the share whose final
+            number (`numeric`), final LaTeX (`math`) or first named choice (`answer`) is the
+            response's; `choice` (share of examples whose likeliest choice is the response);
+            `accuracy`, `matthews`, `pearson`.
         batch_size: samples per forward pass.
-        max_new_tokens: length of a generated answer.
+        max_new_tokens: length of a generated answer; None: 256 for `numeric`, 512 for `math`, 32
+            for `answer`.
         progress: wraps the sequence of batches.
 
     Raises:
@@ -93,13 +102,32 @@ def evaluate(
         with torch.inference_mode():
             if metric == "loss":
                 return _loss(model, encoder, rows, batch_size, progress)
-            if metric == "numeric":
-                return _numeric(model, encoder, rows, batch_size, max_new_tokens, progress)
+            if metric in WRITTEN:
+                tokens = max_new_tokens or WRITTEN[metric].tokens
+                return _written(model, encoder, rows, metric, batch_size, tokens, progress)
             if metric == "choice":
                 return _choice(model, encoder, rows, batch_size, progress)
             return _classified(model, encoder, rows, metric, batch_size, progress)
     finally:
         model.train(was_training)
+
+
+def check_rows(encoder: Encoder, rows: Sequence[Example] | Sequence[Labelled], metric: str) -> None:
+    """Checks that `evaluate` can judge the rows, without a model.
+
+    Raises:
+        DataError: it cannot; the message counts the rows from 1.
+    """
+    for number, row in enumerate(rows, 1):
+        try:
+            if metric in WRITTEN:
+                _expected(row, metric)
+            elif metric == "choice":
+                _choice_prompt(encoder, row)
+        except DataError as error:
+            raise DataError(f"evaluation row {number}: {error}") from error
+    if metric == "loss" and rows and not encoder.examples(rows):
+        raise DataError(f"no evaluation row fits into max_length = {encoder.max_length} tokens")
 
 
 def _batches(rows: Sequence, size: int, length: Callable) -> list[list]:
@@ -128,22 +156,47 @@ def _loss(model, encoder, rows, batch_size, progress) -> float:
     return total / tokens
 
 
-def _numeric(model, encoder, rows, batch_size, max_new_tokens, progress) -> float:
-    right = 0
-    asked = [(encoder.prompt(row.instruction), row.response) for row in rows]
-    for batch in progress(_batches(asked, batch_size, lambda pair: len(pair[0]))):
-        answers = generate(model, encoder, [prompt for prompt, _ in batch], max_new_tokens)
-        for answer, (_, response) in zip(answers, batch, strict=True):
-            expected = final_number(response)
-            if expected is None:
-                raise DataError(f"response {response!r} holds no number; expected one")
-            right += final_number(answer) == expected
+def _written(model, encoder, rows, metric, batch_size, max_new_tokens, progress) -> float:
+    judge, right = WRITTEN[metric], 0
+    asked = [(encoder.question(row), row, _expected(row, metric)) for row in rows]
+    for batch in progress(_batches(asked, batch_size, lambda item: len(item[0]))):
+        texts = generate(model, encoder, [prompt for prompt, _, _ in batch], max_new_tokens)
+        for text, (_, row, expected) in zip(texts, batch, strict=True):
+            right += judge.same(judge.said(row, text), expected)
     return right / len(rows)
 
 
-def generate(model, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int):
-    """Greedy answers to tokenized prompts, as a list of texts."""
+def _expected(row: Example, metric: str) -> Any:
+    expected = WRITTEN[metric].expected(row)
+    if expected is None:
+        raise DataError(
+            f"response {shown(row.response)} holds no {WRITTEN[metric].kind}; the metric "
+            f"{metric!r} needs one"
+        )
+    return expected
+
+
+class _Stops:
+    """Ends an answer at a stop text; transformers' own criterion takes byte-level vocabularies."""
+
+    TOKENS = 16  # of an answer's end, in which a stop text is looked for
+
+    def __init__(self, encoder: Encoder, prompt_length: int):
+        self.encoder, self.start = encoder, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        ends = input_ids[:, max(self.start, input_ids.shape[1] - self.TOKENS) :]
+        texts = self.encoder.tokenizer.batch_decode(ends, skip_special_tokens=True)
+        stopped = [any(stop in text for stop in self.encoder.stops) for text in texts]
+        return torch.tensor(stopped, device=input_ids.device)
+
+
+def generate(
+    model: nn.Module, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to tokenized prompts, each up to the first of the encoder's stop texts."""
     inputs = _inputs(model, encoder, _unlabelled(prompts))
+    criteria = [_Stops(encoder, inputs["input_ids"].shape[1])] if encoder.stops else None
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -151,13 +204,16 @@ def generate(model, encoder: Encoder, prompts: Sequence[list[int]], max_new_toke
         do_sample=False,
         pad_token_id=encoder.pad_token_id,
         eos_token_id=encoder.tokenizer.eos_token_id,
+        stopping_criteria=criteria,
     )
-    answers = output[:, inputs["input_ids"].shape[1] :]
-    return encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = encoder.tokenizer.batch_decode(
+        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [answers.until(text, encoder.stops) for text in texts]
 
 
 def _choice(model, encoder, rows, batch_size, progress) -> float:
-    """Compares the choices at the first token where they differ: one pass per example."""
+    """Compares the choices at the first token where they part: one pass per example."""
     asked = [_choice_prompt(encoder, row) for row in rows]
     right = 0
     for batch in progress(_batches(asked, batch_size, lambda item: len(item[0]))):
@@ -171,20 +227,19 @@ def _choice(model, encoder, rows, batch_size, progress) -> float:
 
 
 def _choice_prompt(encoder: Encoder, row: Example) -> tuple[list[int], list[int], int]:
-    """Prompt up to where the choices differ, each choice's token there, index of the answer."""
+    """Tokens up to where the choices part, each choice's token there, index of the answer."""
     if len(set(row.choices)) < 2:
         raise DataError(f"choices are {row.choices!r}; the metric 'choice' needs two or more")
-    choices = [encoder.response(choice) for choice in row.choices]
+    sequences = [encoder.sequence(row, candidate) for candidate in row.candidates()]
     shared = 0
-    while len({choice[shared] for choice in choices}) == 1:
+    while len({sequence[shared] for sequence in sequences}) == 1:
         shared += 1
-    tokens = [choice[shared] for choice in choices]
+    tokens = [sequence[shared] for sequence in sequences]
     if len(set(tokens)) < len(tokens):
         raise DataError(
             f"choices {row.choices!r} do not all part at the same token; expected short labels"
         )
-    prompt = encoder.prompt(row.instruction) + choices[0][:shared]
-    return prompt, tokens, row.choices.index(row.response)
+    return sequences[0][:shared], tokens, row.choices.index(row.label)
 
 
 def _classified(model, encoder, rows, metric, batch_size, progress) -> float:

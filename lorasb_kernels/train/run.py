@@ -20,12 +20,13 @@ from lorasb_kernels.train.data import (
     read_examples,
     read_labelled,
 )
-from lorasb_kernels.train.encoding import Encoder
+from lorasb_kernels.train.encoding import Encoded, Encoder, check_lengths
 from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
-from lorasb_kernels.train.evaluation import evaluate
+from lorasb_kernels.train.evaluation import WRITTEN, check_rows, evaluate
 from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
-from lorasb_kernels.train.progress import TrainingBar, track
+from lorasb_kernels.train.progress import TrainingBar, console, track
 from lorasb_kernels.train.separation import check_separation
+from lorasb_kernels.train.templates import TEMPLATES
 from lorasb_kernels.train.trainer import (
     AdapterTrainer,
     checkpoints,
@@ -72,11 +73,20 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
 
-def read(config: TrainConfig, path: str) -> Rows:
-    """The rows of a file, as the task needs them."""
+def read_training(config: TrainConfig) -> Rows:
+    """The rows of `config.data`."""
+    return _read(config, config.data, config.data_format, config.data_limit)
+
+
+def read_held_out(config: TrainConfig, source: str) -> Rows:
+    """The rows of a source to judge by, in whichever form of the task they are."""
+    return _read(config, source, None, None)
+
+
+def _read(config: TrainConfig, source: str, data_format: str | None, limit: int | None) -> Rows:
     if config.task == "causal-lm":
-        return read_examples(path)
-    return read_labelled(path, regression=config.evaluation == "pearson")
+        return read_examples(source, data_format, limit)
+    return read_labelled(source, config.evaluation == "pearson", data_format, limit)
 
 
 def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
@@ -103,6 +113,26 @@ def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def make_encoder(config: TrainConfig, tokenizer: object) -> Encoder:
+    """The encoder of a run."""
+    template = None if config.template is None else TEMPLATES[config.template]
+    options = (config.system_prompt, template, config.response_prefix, config.stop)
+    return Encoder(tokenizer, config.max_length, *options)
+
+
+def encode(encoder: Encoder, config: TrainConfig, rows: Rows, what: str) -> list[Encoded]:
+    """The rows as samples; says once what `max_length` cut or left out.
+
+    Raises:
+        DataError: a larger share than `config.max_cut_share` was.
+    """
+    samples = (encoder.examples if config.task == "causal-lm" else encoder.labelled)(rows)
+    message = check_lengths(rows, samples, config.max_length, config.max_cut_share, what)
+    if message and is_main_process():
+        console.print(message)
+    return samples
 
 
 def finetune(
@@ -148,11 +178,13 @@ def finetune(
     clock = Clock()
     with clock.phase("load"):
         model, tokenizer = load_model(config, train_rows)
-        encoder = Encoder(tokenizer, config.max_length, config.system_prompt)
-        encode = encoder.examples if config.task == "causal-lm" else encoder.labelled
-        samples = encode(train_rows)
+        encoder = make_encoder(config, tokenizer)
+        samples = encode(encoder, config, train_rows, "training")
         if not samples:
             raise DataError(f"no training row fits into max_length = {config.max_length} tokens")
+        check_rows(encoder, eval_rows, config.evaluation)
+        if eval_rows and config.evaluation not in (*WRITTEN, "choice"):
+            encode(encoder, config, eval_rows, "evaluation")
         unpacked = samples
         if config.batching == "packed":
             samples = pack(samples, config.max_length)

@@ -1,38 +1,13 @@
 """Settings: the papers' presets, layers of settings, errors that name what is wrong."""
 
-import dataclasses
 import json
 
 import pytest
 
-from lorasb_kernels.train.config import LLAMA_TARGETS, TrainConfig, load_file, load_preset, resolve
+from lorasb_kernels.train.config import TrainConfig, load_file, resolve
 from lorasb_kernels.train.errors import ConfigError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "o"}
-
-# preset, r, learning rate, schedule, batch, accumulation, length, epochs, dropout, warm-up
-PAPER = [
-    ("arithmetic", 32, 1e-4, "cosine", 1, 32, 512, 1, 0.0, 0.02),
-    ("commonsense", 32, 2e-3, "linear", 6, 24, 256, 2, 0.05, 0.02),
-    ("glue", 8, 1e-3, "linear", 128, 1, 256, 30, 0.0, 0.06),
-]
-
-
-@pytest.mark.parametrize("row", PAPER, ids=[row[0] for row in PAPER])
-def test_presets_carry_the_hyperparameters_of_the_papers(row):
-    config = resolve({**NEEDED, "preset": row[0]})
-    names = "r learning_rate schedule batch_size accumulation max_length epochs dropout"
-    found = tuple(getattr(config, name) for name in [*names.split(), "warmup_ratio"])
-    assert found == row[1:]
-    assert config.method == "lora-sb"
-    assert config.init_share == 1e-3
-
-
-def test_presets_target_the_layers_of_the_papers():
-    for name in ("arithmetic", "commonsense"):
-        assert resolve({**NEEDED, "preset": name}).target_modules == LLAMA_TARGETS
-    targets = resolve({**NEEDED, "preset": "glue"}).target_modules
-    assert targets == ("query", "key", "value", "attention.output.dense")
 
 
 def test_later_layers_win_and_the_preset_lies_below():
@@ -68,6 +43,11 @@ def test_files_are_read_with_plain_exponents(tmp_path, suffix):
         ({"max_steps": 0}, "max_steps is 0"),
         ({"learning_rte": 1}, "unknown learning_rte; expected some of accumulation"),
         ({"preset": "math"}, "preset is 'math'; expected one of arithmetic"),
+        ({"data_format": "tsv"}, "data_format is 'tsv'; expected one of instruction"),
+        ({"template": "chat"}, "template is 'chat'; expected one of alpaca"),
+        ({"template": "alpaca", "system_prompt": "x"}, "system_prompt is given with template"),
+        ({"max_cut_share": 1.5}, "max_cut_share is 1.5"),
+        ({"stop": [""]}, "stop holds an empty text"),
     ],
 )
 def test_unusable_settings_are_named(settings, message):
@@ -94,9 +74,3 @@ def test_unusable_files_are_named(tmp_path, text):
 def test_settings_survive_json():
     config = TrainConfig(**NEEDED, target_modules=("q_proj", "v_proj"))
     assert resolve(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_presets_hold_known_settings_only():
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    for name, *_ in PAPER:
-        assert set(load_preset(name)) <= names

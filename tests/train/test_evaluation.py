@@ -1,7 +1,5 @@
 """Metrics against their definitions, and the model's answers."""
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -10,28 +8,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import DataError
-from lorasb_kernels.train.evaluation import accuracy, evaluate, final_number, matthews, pearson
+from lorasb_kernels.train.evaluation import check_rows, evaluate, generate
+from lorasb_kernels.train.metrics import accuracy, matthews, pearson
 from tests.train.conftest import reviews, sums
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("3 + 4 = 7\n#### 7", 7),
-        ("#### 1,200", 1200),
-        ("#### 7 of 9", 7),
-        ("first 3, then 12.50 dollars.", Fraction(25, 2)),
-        ("it is -4", -4),
-        ("the answer is 3/4", Fraction(3, 4)),
-        ("#### none", None),
-        ("no number", None),
-        ("1/0", None),
-        ("so 42.", 42),
-        ("#### 5\n#### 6", 6),
-    ],
-)
-def test_final_number(text, number):
-    assert final_number(text) == number
 
 
 def test_accuracy():
@@ -75,7 +54,7 @@ def test_choice_takes_the_likelier_answer(model, encoder, tokenizer):
     right = 0
     model.eval()
     for row in rows:
-        prompt = torch.tensor([encoder.prompt(row.instruction)])
+        prompt = torch.tensor([encoder.prompt(row)])
         scores = model(prompt).logits[0, -1]
         ids = [tokenizer.convert_tokens_to_ids(choice) for choice in row.choices]
         right += row.choices[scores[ids].argmax()] == row.response
@@ -85,7 +64,7 @@ def test_choice_takes_the_likelier_answer(model, encoder, tokenizer):
 
 def test_choice_compares_where_the_choices_part(model, encoder, tokenizer):
     choices = ("very good film", "very bad film")
-    prompt = [*encoder.prompt("film?"), tokenizer.convert_tokens_to_ids("very")]
+    prompt = [*encoder.prompt(Example("film?", "")), tokenizer.convert_tokens_to_ids("very")]
     scores = model(torch.tensor([prompt])).logits[0, -1]
     ids = tokenizer.convert_tokens_to_ids(["good", "bad"])
     likelier = choices[scores[ids].argmax()]
@@ -114,10 +93,63 @@ def test_numeric_reads_the_generated_answer(model, encoder, monkeypatch):
         evaluate(model, encoder, [Example("x", "y")], "numeric", batch_size=1)
 
 
-def test_generation_does_not_depend_on_the_batch(model, encoder):
-    from lorasb_kernels.train.evaluation import generate
+@pytest.mark.parametrize(
+    ("metric", "text", "rows", "share"),
+    [
+        ("math", r"x. The answer is: $\frac12$", ["\\boxed{0.5}", "The answer is: 2"], 1 / 2),
+        ("answer", "the correct answer is NO, not yes", ["it is no", "it is yes"], 1 / 2),
+    ],
+)
+def test_written_answers_are_judged_by_what_they_say(
+    model, encoder, monkeypatch, metric, text, rows, share
+):
+    monkeypatch.setattr("lorasb_kernels.train.evaluation.generate", lambda *_: [text] * len(rows))
+    examples = [Example("x", row, ("yes", "no"), "", row.split()[-1]) for row in rows]
+    assert evaluate(model, encoder, examples, metric, batch_size=2) == share
 
-    prompts = [encoder.prompt(row.instruction) for row in sums(6)]
+
+def test_answers_end_at_a_stop_text(model, tokenizer):
+    """And no batch is generated on when all of its answers have stopped."""
+    prompts = [Encoder(tokenizer, 32).prompt(row) for row in sums(4)]
+    free = generate(model, Encoder(tokenizer, 32, stop=()), prompts, 12)
+    word = free[0].split()[3]
+    stopping = Encoder(tokenizer, 32, stop=(word,))
+    assert generate(model, stopping, prompts, 12) == [text.split(word)[0] for text in free]
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, stopping, prompts[:1], 12)
+    handle.remove()
+    assert 0 < len(calls) < 12
+
+
+def test_the_words_an_answer_begins_with_are_given_when_it_is_judged(tokenizer):
+    encoder = Encoder(tokenizer, 32, response_prefix="very good")
+    example = Example("film?", "")
+    assert encoder.question(example) == [
+        *encoder.prompt(example),
+        *tokenizer("very good").input_ids,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "row"),
+    [
+        ("numeric", Example("x", "none")),
+        ("math", Example("x", "5")),
+        ("answer", Example("x", "maybe", ("yes", "no"))),
+        ("answer", Example("x", "yes")),
+        ("choice", Example("x", "yes")),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_known_before_there_is_a_model(encoder, metric, row):
+    good = Example("x", "yes 7 \\boxed{7}", ("yes", "no"), answer="yes")
+    check_rows(encoder, [good], metric)
+    with pytest.raises(DataError, match="evaluation row 2: "):
+        check_rows(encoder, [good, row], metric)
+
+
+def test_generation_does_not_depend_on_the_batch(model, encoder):
+    prompts = [encoder.prompt(row) for row in sums(6)]
     alone = [generate(model, encoder, [prompt], 5)[0] for prompt in prompts]
     assert generate(model, encoder, prompts, 5) == alone
 

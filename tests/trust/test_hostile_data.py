@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorasb_kernels.train.data import MAX_LINE, read_examples, read_labelled
+from lorasb_kernels.train.data import read_examples, read_labelled
 from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.train.rows import MAX_LINE
 from tests.trust.conftest import LITTLE, MUCH
 from tests.trust.watching import bounded_memory, tree, watched
 
@@ -26,7 +27,9 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
 )
-columns = st.sampled_from(["instruction", "response", "input", "choices", "text", "label"])
+columns = st.sampled_from(
+    ["instruction", "response", "input", "choices", "text", "label", "output", "answer", "sentence"]
+)
 rows = st.dictionaries(columns | st.just("text_pair") | st.text(max_size=8), values, max_size=6)
 good_row = st.fixed_dictionaries(
     {"instruction": st.text(min_size=1), "response": st.text(min_size=1), "text": st.just("x")}
@@ -57,7 +60,9 @@ def files(draw) -> tuple[str, bytes]:
         content = draw(st.sampled_from([b"\n", b"\r\n", b"\r", b"\x00\n"])).join(
             draw(st.lists(lines, max_size=5))
         )
-        suffix = ".jsonl"
+        suffix = draw(st.sampled_from([".jsonl", ".json"]))
+        if suffix == ".json" and draw(st.booleans()):
+            content = b"[" + b",".join(draw(st.lists(lines, max_size=5))) + b"]"
     else:
         content, suffix = as_csv(draw(st.lists(rows | good_row, max_size=4))), ".csv"
     content = content.decode("utf-8", "replace").encode(draw(encodings), "replace")
@@ -75,7 +80,7 @@ READERS = {
 @pytest.fixture(scope="module", autouse=True)
 def imports(tmp_path_factory):
     """What the readers import at their first call."""
-    for suffix in (".jsonl", ".csv"):
+    for suffix in (".jsonl", ".json", ".csv"):
         path = tmp_path_factory.mktemp("warm") / f"rows{suffix}"
         path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
         with pytest.raises(DataError):
@@ -114,6 +119,8 @@ def check(folder, reader, suffix, content):
 @example("labels", (".jsonl", b'{"text": "a", "label": 1e300}'))
 @example("labels", (".csv", b"text,label\n" + b"x" * 200_000 + b",1\n"))
 @example("labels", (".csv", b"text,label\na\x00b,1\n"))
+@example("examples", (".json", b"[" * 200_000))
+@example("examples", (".json", b'[{"instruction": "a", "output": 1, "answer": []}]'))
 def test_rows_or_a_named_error(tmp_path_factory, reader, file):
     check(tmp_path_factory.getbasetemp(), reader, *file)
 

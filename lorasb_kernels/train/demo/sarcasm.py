@@ -117,7 +117,7 @@ def clear(folder: Path) -> None:
 def ask(merged: Path, encoder: Encoder, question: str) -> str:
     """The exported model's answer, as plain transformers loads it."""
     model = AutoModelForCausalLM.from_pretrained(merged)
-    return generate(model, encoder, [encoder.prompt(question)], max_new_tokens=8)[0]
+    return generate(model, encoder, [encoder.question(Example(question, ""))], max_new_tokens=8)[0]
 
 
 def summary(result: Result, question: str, answer: str, folder: Path) -> Table:
