@@ -33,8 +33,11 @@ BENCHMARKS = {
     "train": ("bench/test_optimizer.py", "bench/test_train.py"),
 }
 GPU_TESTS = (
-    *("tests/gpu", "tests/ops", "tests/init/test_sign_matrix.py"),
-    *("tests/nn/test_linear.py", "tests/nn/test_shared_input.py"),
+    "tests/gpu",
+    "tests/ops",
+    "tests/init/test_sign_matrix.py",
+    "tests/nn/test_linear.py",
+    "tests/nn/test_shared_input.py",
     "tests/bench/test_contenders.py",
 )
 TUNED_LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))

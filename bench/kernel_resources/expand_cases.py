@@ -33,12 +33,17 @@ def _expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
             "bias_ptr": None if transposed else "*",
             "seed_ptr": "*i64" if dropout else None,
             **{**_SHAPE, **_DROPOUT, "stride_xm": 4096, "stride_xk": 1},
-            **{"stride_wn": 1 if transposed else 4096, "stride_wk": 4096 if transposed else 1},
-            **{"stride_fn": 1 if transposed else 96, "stride_fr": 4096 if transposed else 1},
+            "stride_wn": 1 if transposed else 4096,
+            "stride_wk": 4096 if transposed else 1,
+            "stride_fn": 1 if transposed else 96,
+            "stride_fr": 4096 if transposed else 1,
         }
         constants = {
-            **{"FROZEN_PRODUCT": frozen_product, "BIAS": not transposed, "DROPOUT": dropout},
-            **{"BLOCK_R": EXPAND_BLOCK_R, "GROUP_M": GROUP_M},
+            "FROZEN_PRODUCT": frozen_product,
+            "BIAS": not transposed,
+            "DROPOUT": dropout,
+            "BLOCK_R": EXPAND_BLOCK_R,
+            "GROUP_M": GROUP_M,
         }
         yield case, expand_tile(arch, dtype, dropout), arguments, constants
 
@@ -68,8 +73,10 @@ def _descriptor_expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
             }
             constants = {
                 **dict.fromkeys(("WEIGHT_TRANSPOSED", "FACTOR_TRANSPOSED"), transposed),
-                **{"BIAS": not transposed, "DROPOUT": dropout},
-                **{"BLOCK_R": EXPAND_BLOCK_R, "GROUP_M": GROUP_M},
+                "BIAS": not transposed,
+                "DROPOUT": dropout,
+                "BLOCK_R": EXPAND_BLOCK_R,
+                "GROUP_M": GROUP_M,
             }
             yield case, tile, arguments, constants
 

@@ -121,13 +121,26 @@ def _projections(arch: str, dtype: torch.dtype):
                 "partial_ptr": "*fp32" if split else None,
                 "arrived_ptr": "*i32" if split else None,
                 "seed_ptr": "*i64" if dropout else None,
-                **{"M": 8191, "n": 4096, "r": r, "stride_xm": 4096, "stride_xn": 1},
-                **{"stride_ar": 4096, "stride_an": 1, "stride_rj": r, "stride_ri": 1},
-                **{"splits": 7 if split else 1, "columns_per_split": 1024},
-                **{"scaling": 0.5, "keep_scale": 1.5, "threshold": 2**31 + 1},
+                "M": 8191,
+                "n": 4096,
+                "r": r,
+                "stride_xm": 4096,
+                "stride_xn": 1,
+                "stride_ar": 4096,
+                "stride_an": 1,
+                "stride_rj": r,
+                "stride_ri": 1,
+                "splits": 7 if split else 1,
+                "columns_per_split": 1024,
+                "scaling": 0.5,
+                "keep_scale": 1.5,
+                "threshold": 2**31 + 1,
             }
             constants = {
-                **{"DROPOUT": dropout, "SPLIT": split, "RANK_TILES": tiles, "BLOCK_R": width},
+                "DROPOUT": dropout,
+                "SPLIT": split,
+                "RANK_TILES": tiles,
+                "BLOCK_R": width,
             }
             case = f"r={r}" + (", split" if split else "") + (", dropout" if dropout else "")
             yield case, tile, arguments, constants
@@ -141,7 +154,11 @@ def _gradients(arch: str, dtype: torch.dtype):
             **dict.fromkeys(("g_ptr", "h_ptr"), "*"),
             **dict.fromkeys(("dR_ptr", "partial_ptr"), "*fp32"),
             "arrived_ptr": "*i32",
-            **{"M": 8191, "r": r, "splits": 7, "rows_per_split": 1024, "scaling": 0.5},
+            "M": 8191,
+            "r": r,
+            "splits": 7,
+            "rows_per_split": 1024,
+            "scaling": 0.5,
         }
         yield f"width={width}", tile, arguments, {"SPLIT": True, "BLOCK_R": width}
 
@@ -151,15 +168,27 @@ def _factor_gradients(arch: str, dtype: torch.dtype):
         width, tiles = rank_tiles(r)
         for split, dropout in ((False, False), (True, False), (True, True)):
             arguments = {
-                **{"left_ptr": "*", "rows_ptr": "*", "out_ptr": "*fp32"},
+                "left_ptr": "*",
+                "rows_ptr": "*",
+                "out_ptr": "*fp32",
                 "partial_ptr": "*fp32" if split else None,
                 "arrived_ptr": "*i32" if split else None,
                 "seed_ptr": "*i64" if dropout else None,
-                **{"M": 8191, "k": 4096, "r": r, "stride_left": r, "stride_rows": 4096},
-                **{"splits": 7, "rows_per_split": 1024, "keep_scale": 1.5, "threshold": 2**31 + 1},
+                "M": 8191,
+                "k": 4096,
+                "r": r,
+                "stride_left": r,
+                "stride_rows": 4096,
+                "splits": 7,
+                "rows_per_split": 1024,
+                "keep_scale": 1.5,
+                "threshold": 2**31 + 1,
             }
             constants = {
-                **{"SPLIT": split, "DROPOUT": dropout, "RANK_TILES": tiles, "BLOCK_R": width}
+                "SPLIT": split,
+                "DROPOUT": dropout,
+                "RANK_TILES": tiles,
+                "BLOCK_R": width,
             }
             case = f"r={r}" + (", split" if split else "") + (", dropout" if dropout else "")
             yield case, factor_tile(arch, dtype, r, dropout), arguments, constants

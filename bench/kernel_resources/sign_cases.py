@@ -33,12 +33,19 @@ def _weight_gradients(
     for weighted in (False, True):
         arguments = {
             **outputs,
-            **{"dy_ptr": "*", "x_ptr": "*", "weight_ptr": "*fp32" if weighted else None},
-            **{"tokens": 8191, **_MATRIX, "stride_dy": 4096, "stride_x": 4096},
+            "dy_ptr": "*",
+            "x_ptr": "*",
+            "weight_ptr": "*fp32" if weighted else None,
+            "tokens": 8191,
+            **_MATRIX,
+            "stride_dy": 4096,
+            "stride_x": 4096,
         }
         product_dtype = torch.float32 if weighted else dtype
         constants = {
-            **{"SIGNS": signs, "WEIGHTED": weighted, "GROUP_M": GROUP_M},
+            "SIGNS": signs,
+            "WEIGHTED": weighted,
+            "GROUP_M": GROUP_M,
             "PRECISION": "tf32x3" if product_dtype == torch.float32 else "tf32",
         }
         case = "row weights" if weighted else "plain"
@@ -60,8 +67,12 @@ def _sign_products(arch: str, dtype: torch.dtype) -> Iterator[Case]:
             for tile in dict.fromkeys(sign_matmul_tile(arch, 4096, q, sms) for sms in (1, 4096)):
                 arguments = {
                     **_PLANES,
-                    **{"dense_ptr": "*fp32", "out_ptr": "*fp32", **_MATRIX, "q": q},
-                    **{"stride_dk": q, "stride_dq": 1},
+                    "dense_ptr": "*fp32",
+                    "out_ptr": "*fp32",
+                    **_MATRIX,
+                    "q": q,
+                    "stride_dk": q,
+                    "stride_dq": 1,
                 }
                 constants = {"TRANSPOSE": transpose, "TERM": tl.bfloat16, "TERMS": 3}
                 yield f"q={q}" + (", transposed" if transpose else ""), tile, arguments, constants

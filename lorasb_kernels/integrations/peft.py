@@ -38,8 +38,15 @@ METHOD = "lorasb"
 DEFAULTS = EstimationOptions()
 PEFT_INITS = ("lora-sb", "lora-xs", "orthogonal")
 OWN_FIELDS = (
-    *("r", "init", "scaling", "lora_alpha", "dropout", "backend"),
-    *("sigma_side", "core_std", "seed"),
+    "r",
+    "init",
+    "scaling",
+    "lora_alpha",
+    "dropout",
+    "backend",
+    "sigma_side",
+    "core_std",
+    "seed",
 )
 
 

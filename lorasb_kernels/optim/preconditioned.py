@@ -92,8 +92,13 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas}; expected two numbers in [0, 1)")
         defaults = {
-            **{"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay},
-            **{"damping": damping, "bias_correction": bias_correction, "step": 0},
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "bias_correction": bias_correction,
+            "step": 0,
         }
         groups = [{"params": [factor for pair in pairs for factor in pair], "paired": True}]
         if others:

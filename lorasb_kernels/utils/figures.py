@@ -16,10 +16,24 @@ COLORS = {
     "full": "#333333",
 }
 # For everything else (ablations, contenders of a benchmark), in the order of appearance.
-SPARE_COLORS = (
-    *("#17becf", "#d62728", "#7f7f7f", "#393b79", "#637939", "#8c6d31", "#843c39", "#7b4173"),
-    *("#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc", "#e7969c", "#cedb9c", "#e7cb94", "#de9ed6"),
-)
+SPARE_COLORS = [
+    "#17becf",
+    "#d62728",
+    "#7f7f7f",
+    "#393b79",
+    "#637939",
+    "#8c6d31",
+    "#843c39",
+    "#7b4173",
+    "#9ecae1",
+    "#fdae6b",
+    "#a1d99b",
+    "#bcbddc",
+    "#e7969c",
+    "#cedb9c",
+    "#e7cb94",
+    "#de9ed6",
+]
 LINE_STYLES = {8: "--", 16: "-", 32: ":", 64: "-.", 96: (0, (6, 1)), 128: (0, (3, 1, 1, 1, 1, 1))}
 SPARE_LINE_STYLES = ((0, (1, 3)), (0, (8, 4)), (0, (8, 2, 2, 2)), (0, (5, 1, 1, 1)))
 

@@ -17,8 +17,14 @@ from tests.train.conftest import reviews
 @pytest.fixture
 def task(bert):
     settings = {
-        **{"model": str(bert), "data": "reviews", "task": "classification", "batch_size": 8},
-        **{"max_steps": 3, "max_length": 32, "init_minimum": 8, "warmup_ratio": 0.0},
+        "model": str(bert),
+        "data": "reviews",
+        "task": "classification",
+        "batch_size": 8,
+        "max_steps": 3,
+        "max_length": 32,
+        "init_minimum": 8,
+        "warmup_ratio": 0.0,
     }
     return Task("tiny", settings, reviews(32), reviews(16), reviews(20))
 
