@@ -66,7 +66,12 @@ class LoRASBConfig:
         dropout: probability that an element of the adapter's input is dropped, in [0, 1).
         backend: kernels to run, `"auto"`, `"reference"`, `"triton"` or `"cuda"`.
         optimal_gradient: replace the gradient of R by the optimal one for any full-rank
-            A, B and any s (LoRA-SB theorem 3).
+            A, B and any s (LoRA-SB theorem 3). That changes plain gradient descent. Adam does not
+            notice a gradient whose elements are scaled by positive numbers: with diagonal AAᵀ and
+            BᵀB, as `"lora-xs"` and `"scaled-b"` have, it trains the same with and without.
+        orthonormalize: after the initialization, replace A and B by orthonormal factors of the
+            same row and column space (QR) and multiply R by the triangles: the same adapter,
+            whose plain gradient is the optimal one up to s² under any optimizer.
         modules_to_save: name suffixes of modules trained whole, such as a classification head.
         share_inputs: fuse sibling layers that read the same input (q, k, v; gate, up).
         sigma_side: the factor that carries Σ for `"lora-xs"`, `"B"` or `"A"`.
@@ -91,6 +96,7 @@ class LoRASBConfig:
     dropout: float = 0.0
     backend: str = "auto"
     optimal_gradient: bool = False
+    orthonormalize: bool = False
     modules_to_save: tuple[str, ...] = ()
     share_inputs: bool = False
     sigma_side: str = "B"
@@ -123,7 +129,9 @@ class LoRASBConfig:
     def _check_types(self) -> None:
         kinds = {"r": int, "seed": int, "init": str, "backend": str, "sigma_side": str}
         kinds |= {"spectral_scaling": str}
-        kinds |= dict.fromkeys(("use_rslora", "optimal_gradient", "share_inputs"), bool)
+        kinds |= dict.fromkeys(
+            ("use_rslora", "share_inputs", "optimal_gradient", "orthonormalize"), bool
+        )
         numbers = ("scaling", "dropout", "core_std", "noise_std", "gamma")
         kinds |= dict.fromkeys(numbers, (int, float))
         kinds |= {"lora_alpha": (int, float, type(None)), "target_modules": (str, tuple)}
@@ -160,10 +168,11 @@ class LoRASBConfig:
             )
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("use_rslora is True; expected lora_alpha, as s is then α / √r")
-        if self.optimal_gradient and not self.facts.has_core:
-            raise ValueError(
-                f"optimal_gradient is True; expected False, as init={self.init!r} trains no core"
-            )
+        for name in ("optimal_gradient", "orthonormalize"):
+            if getattr(self, name) and not self.facts.has_core:
+                raise ValueError(
+                    f"{name} is True; expected False, as init={self.init!r} trains no core"
+                )
         if not math.isfinite(self.s) or self.s == 0:
             name = "scaling" if self.lora_alpha is None else "lora_alpha"
             raise ValueError(f"{name} is {getattr(self, name)}; expected finite and not 0")

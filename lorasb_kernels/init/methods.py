@@ -113,6 +113,26 @@ def scaled_b(adapter: Adapter, scaling: float) -> Adapter:
     return dataclasses.replace(adapter, lora_R=identity, lora_B=lora_B)
 
 
+def orthonormal(adapter: Adapter) -> Adapter:
+    """The same B·R·A with orthonormal A and B: the triangles of their QR factorizations go into R.
+
+    The triangles have positive diagonals, so that nearly equal factors give nearly equal results.
+    """
+    Q_A, T_A = _qr(adapter.lora_A.T)
+    Q_B, T_B = _qr(adapter.lora_B)
+    core = T_B @ adapter.lora_R.double() @ T_A.T
+    return dataclasses.replace(
+        adapter, lora_A=Q_A.T.float(), lora_R=core.float(), lora_B=Q_B.float()
+    )
+
+
+def _qr(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and T of `factor` = Q T in float64, T upper triangular with a diagonal ≥ 0."""
+    Q, T = torch.linalg.qr(factor.double())
+    signs = torch.where(T.diagonal() < 0, -1.0, 1.0).to(T)
+    return Q * signs, signs[:, None] * T
+
+
 def lora(m: int, n: int, r: int, generator: torch.Generator) -> Adapter:
     """LoRA: Kaiming-uniform A, B = 0."""
     return Adapter(kaiming_uniform((r, n), generator), None, torch.zeros(m, r))
@@ -205,6 +225,20 @@ def initialize(
 
     The model is unchanged afterwards. Arguments as for `lorasb_kernels.adapt`.
     """
+    for name, adapter in _initial(model, targets, config, batches, eta, estimation, progress):
+        yield name, orthonormal(adapter) if config.orthonormalize else adapter
+
+
+def _initial(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    config: LoRASBConfig,
+    batches: Iterable | None,
+    eta: float | None,
+    estimation: EstimationOptions,
+    progress: bool,
+) -> Iterator[tuple[str, Adapter]]:
+    """The adapters as their methods define them."""
     if config.init == "lora-one":
         yield from _lora_one(model, targets, config, batches, estimation, progress)
         return
@@ -262,5 +296,6 @@ __all__ = [
     "lora_xs",
     "noise",
     "orthogonal",
+    "orthonormal",
     "scaled_b",
 ]

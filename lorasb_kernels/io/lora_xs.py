@@ -13,7 +13,7 @@ does.
 import torch
 
 from lorasb_kernels.config import LoRASBConfig
-from lorasb_kernels.init.methods import layer_generator, lora_xs
+from lorasb_kernels.init.methods import layer_generator, lora_xs, orthonormal
 from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.quantization import dense_weight
 
@@ -48,6 +48,8 @@ def rebuild_factors(
     """A [r, n] and B [m, r] that LoRA-XS gives the layer `name` of this weight, fp32."""
     generator = layer_generator(config.seed, name)
     adapter = lora_xs(weight.detach(), config.r, config.core_std, config.sigma_side, generator)
+    if config.orthonormalize:
+        adapter = orthonormal(adapter)
     return adapter.lora_A, adapter.lora_B
 
 

@@ -8,6 +8,28 @@ from torch import nn
 from lorasb_kernels.nn.adapted import AdaptedLinear
 
 
+def inverse_grams(
+    lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(BᵀB)⁻¹ and (AAᵀ)⁻¹ [r, r] in fp32 or wider; None where both are the identity to rounding.
+
+    The inverse for full-rank factors; otherwise the pseudo-inverse, which gives the shortest of
+    the optimal gradients.
+    """
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    gram_A, gram_B = A @ A.T, B.T @ B
+    identity = torch.eye(A.shape[0], device=A.device, dtype=dtype)
+    rounding = max(torch.finfo(lora_A.dtype).eps, 1e-5)
+    deviation = max((gram_A - identity).abs().max(), (gram_B - identity).abs().max())
+    if deviation <= rounding:
+        return None
+    left, right = (
+        torch.linalg.pinv(gram.double(), hermitian=True).to(dtype) for gram in (gram_B, gram_A)
+    )
+    return left, right
+
+
 class _OptimalGradient(torch.autograd.Function):
     """Identity on R; its gradient G becomes `left · G · right / s²`, either side None for I."""
 
@@ -38,7 +60,8 @@ class LoRASBLinear(AdaptedLinear):
         r: rank, at most min(m, n).
         optimal_gradient: replace the gradient of R by the optimal one,
             `(1/s²)·(BᵀB)⁻¹ g (AAᵀ)⁻¹` (arXiv:2411.19557, theorem 3). With orthonormal A, B
-            and s = 1 that is the plain gradient, which is then used as it is.
+            and s = 1 that is the plain gradient, which is then used as it is. Adam is invariant
+            to it where AAᵀ and BᵀB are diagonal; see `LoRASBConfig.orthonormalize`.
         options: `bias`, `scaling`, `dropout`, `backend`, `init`, `device` and `dtype`, as for
             `AdaptedLinear`.
 
@@ -92,18 +115,9 @@ class LoRASBLinear(AdaptedLinear):
         self.gradient_left = self.gradient_right = None
         if not self.optimal_gradient or self.lora_A.is_meta:
             return
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        gram_A, gram_B = A @ A.T, B.T @ B
-        identity = torch.eye(self.r, device=A.device, dtype=dtype)
-        rounding = max(torch.finfo(self.lora_A.dtype).eps, 1e-5)
-        deviation = max((gram_A - identity).abs().max(), (gram_B - identity).abs().max())
-        if deviation <= rounding:
-            return
-        # The inverse for full-rank factors; otherwise the shortest of the optimal gradients.
-        self.gradient_left, self.gradient_right = (
-            torch.linalg.pinv(gram.double(), hermitian=True).to(dtype) for gram in (gram_B, gram_A)
-        )
+        inverses = inverse_grams(self.lora_A, self.lora_B)
+        if inverses is not None:
+            self.gradient_left, self.gradient_right = inverses
 
     def core(self) -> torch.Tensor:
         """R as the forward pass uses it, with the optimal gradient attached if asked for."""
@@ -167,4 +181,4 @@ def kaiming_uniform(
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-__all__ = ["LoRALinear", "LoRASBLinear", "kaiming_uniform"]
+__all__ = ["LoRALinear", "LoRASBLinear", "inverse_grams", "kaiming_uniform"]

@@ -1,7 +1,14 @@
-"""Optimizers for adapters: LoRA-One's and LoRA-Pro's AdamW, and all cores in one tensor."""
+"""Optimizers for adapters: LoRA-One's, LoRA-Pro's, optimal steps, packed cores."""
 
 from lorasb_kernels.optim.lora_pro import LoRAProAdamW
+from lorasb_kernels.optim.optimal_step import correct_steps
 from lorasb_kernels.optim.packed_cores import PackedCores
 from lorasb_kernels.optim.preconditioned import PreconditionedAdamW, split_parameters
 
-__all__ = ["LoRAProAdamW", "PackedCores", "PreconditionedAdamW", "split_parameters"]
+__all__ = [
+    "LoRAProAdamW",
+    "PackedCores",
+    "PreconditionedAdamW",
+    "correct_steps",
+    "split_parameters",
+]

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -84,6 +85,7 @@ class TrainConfig:
     spectral_scaling: str = "relative"  # of `lora-one`: √(S/S₁)/√γ, or "absolute": √γ·√S
     noise_std: float = 1e-5  # of `noise`
     optimal_gradient: bool = False  # of the core, for an A or B that is not orthonormal
+    orthonormalize: bool = False  # A and B, their triangles into the core: for any optimizer
     dtype: str = "float32"  # of the frozen weights; what is trained stays float32
     gradient_checkpointing: bool = False
     backend: str = "auto"
@@ -120,10 +122,18 @@ class TrainConfig:
         without_alpha = facts is not None and not facts.alpha_is_r and self.lora_alpha is None
         if self.use_rslora and without_alpha:
             raise ConfigError("use_rslora is true; expected lora_alpha, as s is then α / √r")
-        if self.optimal_gradient and (facts is None or not facts.has_core):
-            raise ConfigError(
-                f"optimal_gradient is true and method {self.method!r}; expected a method that "
-                "trains a core"
+        for name in ("optimal_gradient", "orthonormalize"):
+            if getattr(self, name) and (facts is None or not facts.has_core):
+                raise ConfigError(
+                    f"{name} is true and method {self.method!r}; expected a method that "
+                    "trains a core"
+                )
+        if self.optimal_gradient:
+            warnings.warn(
+                "optimal_gradient is true, but AdamW trains the cores and hardly notices it, not at "
+                "all where AAᵀ and BᵀB are diagonal (lora-xs, scaled-b); orthonormalize: true has "
+                "the same aim and works under any optimizer",
+                stacklevel=3,
             )
         if self.data_format is not None:
             self._one_of("data_format", FORMATS)

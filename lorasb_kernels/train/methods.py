@@ -92,6 +92,7 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
         dropout=config.dropout,
         backend=config.backend,
         optimal_gradient=config.optimal_gradient,
+        orthonormalize=config.orthonormalize,
         noise_std=config.noise_std,
         gamma=config.gamma,
         spectral_scaling=config.spectral_scaling,

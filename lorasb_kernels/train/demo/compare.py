@@ -57,7 +57,10 @@ ABLATIONS = (
     _variant("kaiming-svd", "kaiming-svd"),
     *(_variant(f"noise-{std:g}", "noise", noise_std=std) for std in (1e-5, 1e-4, 1e-3, 1e-2)),
     _variant("scaled-b", "scaled-b"),
-    _variant("scaled-b-optimal", "scaled-b", optimal_gradient=True),
+    # Without clipping, as a clipped gradient of R and of the head is no longer a rescaled one.
+    _variant("scaled-b-unclipped", "scaled-b", max_grad_norm=0.0),
+    _variant("scaled-b-optimal", "scaled-b", max_grad_norm=0.0, optimal_gradient=True),
+    _variant("scaled-b-orthonormal", "scaled-b", orthonormalize=True),
     *(_variant(f"samples-{n}", init_minimum=n) for n in (1, 5, 20, 100, 500)),
     Contender(
         "lora-one",
