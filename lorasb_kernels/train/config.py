@@ -130,9 +130,9 @@ class TrainConfig:
                 )
         if self.optimal_gradient:
             warnings.warn(
-                "optimal_gradient is true, but AdamW trains the cores and hardly notices it, not at "
-                "all where AAᵀ and BᵀB are diagonal (lora-xs, scaled-b); orthonormalize: true has "
-                "the same aim and works under any optimizer",
+                "optimal_gradient is true, but AdamW trains the cores and hardly notices it, and "
+                "not at all where AAᵀ and BᵀB are diagonal (lora-xs, scaled-b); orthonormalize: "
+                "true has the same aim and works under any optimizer",
                 stacklevel=3,
             )
         if self.data_format is not None:
