@@ -23,17 +23,17 @@ from lorasb_kernels.ops.triton.tiles import (
     rank_tiles,
     row_splits,
 )
+from tests import formulas
 from tests.aot.emulator import ARCH, close, emulated, read_bytes, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import (
-    absolute,
     as_tuple,
     assert_single_precision,
     dropout_seed,
+    eager,
     longest,
     normal,
     oracle,
-    reference,
     same_bits,
 )
 
@@ -51,8 +51,8 @@ def core_of(r):
 
 
 def compare(operation, outputs, *arguments):
-    eager, exact = reference(operation, *arguments), oracle(operation, *arguments)
-    for out, own, ref in zip(as_tuple(outputs), eager, exact, strict=True):
+    yardstick, exact = eager(operation, *arguments), oracle(operation, *arguments)
+    for out, own, ref in zip(as_tuple(outputs), yardstick, exact, strict=True):
         assert_within_contract(out, own, ref, name=operation)
 
 
@@ -245,7 +245,7 @@ def check_single_precision():
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             coarse = as_tuple(function(*arguments))
             torch.backends.cuda.matmul.fp32_precision = "none"
-        magnitudes = oracle(name, *map(absolute, arguments))
+        magnitudes = formulas.magnitudes(getattr(formulas, name), *arguments)
         judged = zip(outputs, coarse, oracle(name, *arguments), magnitudes, strict=True)
         for out, one_product, ref, magnitude in judged:
             assert_single_precision(out, ref, magnitude, longest(arguments))

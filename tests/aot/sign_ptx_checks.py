@@ -1,15 +1,15 @@
-"""The checks on emulated PTX; each is run by `test_ptx.py` in a process without interpreter."""
+"""Checks on emulated PTX; `test_sign_ptx.py` runs each in a process without interpreter."""
 
 import math
 import sys
 
 import torch
 
-from lorasb_kernels.functional import pack_signs as pack_reference
 from lorasb_kernels.ops.triton.pack_signs import pack_signs
 from lorasb_kernels.ops.triton.sign_matmul import sign_matmul
 from lorasb_kernels.ops.triton.sign_tiles import sign_matmul_tile
 from lorasb_kernels.ops.triton.weight_gradient import sign_accumulate, sign_gradient
+from tests import formulas
 from tests.aot.emulator import ARCH, emulated, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import normal, same_bits
@@ -71,7 +71,7 @@ def check_pack_signs():
         acc[0, 0], acc[-1, -1] = math.nan, -math.inf
         with emulated() as log:
             planes = pack_signs(acc)
-        assert all(map(torch.equal, planes, pack_reference(acc, backend="reference")))
+        assert all(map(torch.equal, planes, formulas.sign_planes(acc)))
         assert write_bytes(log) == 2 * planes[0].nbytes
 
 

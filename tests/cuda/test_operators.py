@@ -14,10 +14,11 @@ import lorasb_kernels.ops.pack_signs
 import lorasb_kernels.ops.sign_gradient
 import lorasb_kernels.ops.sign_matmul  # noqa: F401
 from lorasb_kernels.ops import bitplanes, sign_accumulate
-from lorasb_kernels.ops.dropout import keep_mask
+from lorasb_kernels.ops.dropout import keep_mask, new_seed
 from lorasb_kernels.ops.lorasb_linear import api as layer
+from tests import formulas
 from tests.contract import assert_within_contract
-from tests.ops.operands import as_tuple, dropout_seed, normal, oracle, reference, same_bits
+from tests.ops.operands import as_tuple, dropout_seed, eager, normal, oracle, same_bits
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,8 +36,8 @@ def run(simulator, operation, *arguments, **options):
 def check(simulator, operation, *arguments, **options):
     """Runs an operator and asserts the numerical contract; returns its launches."""
     outputs, launches = run(simulator, operation, *arguments, **options)
-    eager, exact = reference(operation, *arguments), oracle(operation, *arguments)
-    for index, (out, own, ref) in enumerate(zip(outputs, eager, exact, strict=True)):
+    yardstick, exact = eager(operation, *arguments), oracle(operation, *arguments)
+    for index, (out, own, ref) in enumerate(zip(outputs, yardstick, exact, strict=True)):
         assert out.dtype == own.dtype
         assert_within_contract(out, own, ref, name=f"{operation}[{index}]")
     return launches
@@ -135,16 +136,15 @@ def test_sign_gradient_and_accumulate(M, m, n, dtype, weighted, simulator):
     dy, x, weight = gradient_operands(M, m, n, dtype, weighted)
     scale = 1e-6 if weighted else 1.0
     start = normal(m, n, dtype=FP32, device=CPU, seed=5) * scale
-    acc, eager, exact = start.clone(), start.clone(), start.double()
+    acc = start.clone()
     with simulator.running():
         torch.ops.lorasb.sign_accumulate_cuda(acc, dy, x, weight)
-    torch.ops.lorasb.sign_accumulate_reference(eager, dy, x, weight)
-    wide = None if weight is None else weight.double()
-    torch.ops.lorasb.sign_accumulate_reference(exact, dy.double(), x.double(), wide)
-    assert_within_contract(acc, eager, exact, name="acc")
+    (yardstick,) = eager("sign_accumulate", start, dy, x, weight)
+    (exact,) = oracle("sign_accumulate", start, dy, x, weight)
+    assert_within_contract(acc, yardstick, exact, name="acc")
 
     (positive, negative), _ = run(simulator, "sign_gradient", dy, x, weight)
-    exact -= start.double()
+    exact = exact - start.double()
     clear = exact.abs() > 1e-5 * exact.abs().max().clamp_min(1e-30)
     ours = bitplanes.unpack(positive, negative, n)
     assert torch.equal(ours[clear], exact.sign().float()[clear])
@@ -159,7 +159,7 @@ def test_pack_signs(m, n, simulator):
     if m > 2:
         acc[0, 0], acc[1, n - 1], acc[2, 0] = math.nan, math.inf, -math.inf
     planes, _ = run(simulator, "pack_signs", acc)
-    assert all(map(same_bits, planes, bitplanes.signs_of(acc)))
+    assert all(map(same_bits, planes, formulas.sign_planes(acc)))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -267,18 +267,19 @@ def test_the_layer_and_its_gradients(dropout, simulator, monkeypatch):
     x, weight, _, lora_B = expand_operands(19, 33, 40, 12, FP32)
     lora_A = normal(12, 40, dtype=FP32, device=CPU, seed=6) / math.sqrt(40)
     lora_R = normal(12, 12, dtype=FP32, device=CPU, seed=7)
-    results = {}
-    for backend in ("reference", "cuda"):
-        rows, core = x.clone().requires_grad_(), lora_R.clone().requires_grad_()
-        torch.manual_seed(0)  # of the dropout mask
-        with simulator.running():
-            y = layer.lorasb_linear(
-                rows, weight, lora_A, core, lora_B, None, SCALING, dropout, backend=backend
-            )
-            y.square().sum().backward()
-        results[backend] = y.detach(), rows.grad, core.grad
-    for ours, theirs in zip(results["cuda"], results["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    x.requires_grad_()
+    lora_R.requires_grad_()
+    dy = normal(19, 33, dtype=FP32, device=CPU, seed=8)
+    factors = x, weight, lora_A, lora_R, lora_B, None
+    torch.manual_seed(0)
+    seed = new_seed(CPU)
+    torch.manual_seed(0)  # the layer draws the same one
+    with simulator.running():
+        y = layer.lorasb_linear(*factors, SCALING, dropout, backend="cuda")
+        found = y.detach(), *torch.autograd.grad(y, (x, lora_R), dy)
+    expected = formulas.exact(formulas.lorasb_linear, *factors, dy, SCALING, dropout, seed)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_the_layer_without_a_core_trains_a_and_b(simulator, monkeypatch):
@@ -287,13 +288,11 @@ def test_the_layer_without_a_core_trains_a_and_b(simulator, monkeypatch):
         monkeypatch.setattr(module, "resolve_backend", lambda backend, device, dtype: backend)
     x, weight, _, lora_B = expand_operands(19, 33, 40, 12, FP32)
     lora_A = normal(12, 40, dtype=FP32, device=CPU, seed=6) / math.sqrt(40)
-    results = {}
-    for backend in ("reference", "cuda"):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
-        rows, A, B = leaves
-        with simulator.running():
-            y = layer.lorasb_linear(rows, weight, A, None, B, None, SCALING, backend=backend)
-            y.square().sum().backward()
-        results[backend] = [y.detach(), *(leaf.grad for leaf in leaves)]
-    for ours, theirs in zip(results["cuda"], results["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    leaves = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
+    dy = normal(19, 33, dtype=FP32, device=CPU, seed=8)
+    with simulator.running():
+        y = layer.lorasb_linear(x, weight, lora_A, None, lora_B, None, SCALING, backend="cuda")
+        found = y.detach(), *torch.autograd.grad(y, leaves, dy)
+    expected = formulas.exact(formulas.lora, x, weight, lora_A, lora_B, None, dy, SCALING)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)

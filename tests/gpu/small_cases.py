@@ -18,31 +18,35 @@ from lorasb_kernels.functional import (
 )
 from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.ops.limits import BACKENDS
+from tests import formulas
 
 SHAPES = ((33, 70, 50, 24), (5, 33, 129, 3), (130, 64, 96, 96))  # M, n, m, r
 
 
-def layer(M: int, n: int, m: int, r: int, backend: str, device: torch.device, dropout: float):
-    """Output, input gradient and gradient of R; the same draw for every backend."""
-    torch.manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return (torch.randn(*shape) * shape[-1] ** -0.5).to(device, dtype)
-
-    x = normal(M, n).requires_grad_()
-    R = normal(r, r, dtype=torch.float32).requires_grad_()
-    y = lorasb_linear(
-        *(x, normal(m, n), normal(r, n), R, normal(m, r), normal(m)),
-        dropout=dropout,
-        backend=backend,
-    )
-    return y.detach(), *torch.autograd.grad(y, (x, R), normal(M, m))
+def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16):
+    return (torch.randn(*shape) * shape[-1] ** -0.5).to(device, dtype)
 
 
-def signs(M: int, n: int, m: int, backend: str, device: torch.device):
-    """Accumulated and one-shot planes, and both products with them."""
-    torch.manual_seed(0)
-    dy, x = (torch.randn(M, columns).to(device, torch.bfloat16) for columns in (m, n))
+def layer_operands(M: int, n: int, m: int, r: int, device: torch.device):
+    """x, W, A, R, B, bias and dy of an adapted layer."""
+    shapes = (M, n), (m, n), (r, n), (r, r), (m, r), (m,), (M, m)
+    operands = [normal(*shape, device=device) for shape in shapes]
+    operands[3] = operands[3].float()
+    return operands
+
+
+def layer(x, weight, lora_A, lora_R, lora_B, bias, dy, dropout: float, backend: str):
+    """Output, input gradient and gradient of R."""
+    x.requires_grad_()
+    lora_R.requires_grad_()
+    factors = lora_A, lora_R, lora_B
+    y = lorasb_linear(x, weight, *factors, bias, dropout=dropout, backend=backend)
+    return y.detach(), *torch.autograd.grad(y, (x, lora_R), dy)
+
+
+def signs(dy, x, backend: str):
+    """The accumulated gradient, and both products with its signs."""
+    (m, n), device = (dy.shape[1], x.shape[1]), x.device
     acc = torch.zeros(m, n, device=device)
     sign_accumulate_(acc, dy, x, backend=backend)
     planes = pack_signs(acc, backend=backend)
@@ -64,18 +68,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args().device)
+    torch.manual_seed(0)
     for backend in BACKENDS:
         reason = obstacle(backend, device, torch.bfloat16)
         if reason is not None:
             print(f"{backend}: not run, {reason}")
             continue
         for M, n, m, r in SHAPES:
-            expected = layer(M, n, m, r, "reference", torch.device("cpu"), 0.0)
-            close(layer(M, n, m, r, backend, device, 0.0), expected, 3e-2)
-            assert all(t.isfinite().all() for t in layer(M, n, m, r, backend, device, 0.3))
-            expected = signs(M, n, m, "reference", torch.device("cpu"))
-            found = signs(M, n, m, backend, device)
-            close(found[:1], expected[:1], 1e-2)
+            operands = layer_operands(M, n, m, r, device)
+            expected = formulas.exact(formulas.lorasb_linear, *operands, 1.0)
+            close(layer(*operands, 0.0, backend), expected, 3e-2)
+            assert all(t.isfinite().all() for t in layer(*operands, 0.3, backend))
+            dy, x = normal(M, m, device=device), normal(M, n, device=device)
+            found = signs(dy, x, backend)
+            close(found[:1], (dy.double().cpu().T @ x.double().cpu(),), 1e-2)
             assert all(tensor.isfinite().all() for tensor in found)
         print(f"{backend}: {len(SHAPES)} shapes")
 

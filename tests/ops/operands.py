@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from lorasb_kernels.ops import reference as references
+from tests import formulas
 from tests.contract import assert_within_contract, relative_error
 from tests.ops.conftest import ON_GPU
 
@@ -34,6 +34,8 @@ if ON_GPU:
         (1000, 2048, 512),
     ]
 
+SUMS = ("factor_gradient", "sign_accumulate")  # fp32 whatever the dtype of the operands
+
 SEED = 0x1234_5678_9ABC_DEF1
 
 
@@ -54,20 +56,16 @@ def far_memory(elements: int, dtype: torch.dtype, device: torch.device) -> torch
     return torch.from_numpy(np.zeros(elements * dtype.itemsize, dtype=np.uint8)).view(dtype)
 
 
-def reference(operation: str, *arguments):
-    """The reference implementation in the arguments' own dtypes: eager PyTorch."""
-    return as_tuple(getattr(references, operation)(*arguments))
+def eager(operation: str, *arguments) -> tuple[torch.Tensor, ...]:
+    """The operation's formula in eager PyTorch, in the dtype and on the device of the operands."""
+    first = arguments[0]
+    stored = torch.float32 if operation in SUMS else first.dtype
+    return formulas.eager(getattr(formulas, operation), stored, first.device, *arguments)
 
 
-def oracle(operation: str, *arguments):
-    """The reference in float64 on the CPU, from the same rounded operands."""
-
-    def widen(argument):
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        return argument.cpu().double() if argument.is_floating_point() else argument.cpu()
-
-    return reference(operation, *map(widen, arguments))
+def oracle(operation: str, *arguments) -> tuple[torch.Tensor, ...]:
+    """The operation's formula in float64 on the CPU, from the same rounded operands."""
+    return formulas.exact(getattr(formulas, operation), *arguments)
 
 
 def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
@@ -78,13 +76,13 @@ def check(function, backend: str, *arguments) -> tuple[torch.Tensor, ...]:
     """Runs an operation; asserts the numerical contract, dtypes and the same bits twice."""
     operation = function.__name__
     outputs = as_tuple(function(*arguments, backend))
-    eager = reference(operation, *arguments)
+    yardstick = eager(operation, *arguments)
     exact = oracle(operation, *arguments)
-    for index, (out, own, ref) in enumerate(zip(outputs, eager, exact, strict=True)):
+    for index, (out, own, ref) in enumerate(zip(outputs, yardstick, exact, strict=True)):
         assert out.dtype == own.dtype
         if arguments[0].dtype == torch.float32:
-            magnitude = oracle(operation, *map(absolute, arguments))[index]
-            assert_single_precision(out, ref, magnitude, longest(arguments))
+            magnitudes = formulas.magnitudes(getattr(formulas, operation), *arguments)
+            assert_single_precision(out, ref, magnitudes[index], longest(arguments))
         else:
             assert_within_contract(out, own, ref, name=f"{operation}[{index}]")
     again = as_tuple(function(*arguments, backend))
@@ -113,7 +111,7 @@ def assert_single_precision(
     Args:
         out: fp32.
         ref: float64.
-        magnitude: S, the reference in float64 on the absolute values of the operands.
+        magnitude: S, the formula in float64 on the absolute values of the operands.
         n: length of the longest sum.
     """
     assert out.shape == ref.shape
@@ -126,13 +124,6 @@ def assert_single_precision(
     limit = (8 + math.sqrt(n) / 4) * eps
     error = relative_error(out, ref)
     assert error <= limit, f"relative error {error:.3e} > {limit:.3e}"
-
-
-def absolute(argument):
-    """Absolute values of floating-point operands; everything else as it is."""
-    if isinstance(argument, torch.Tensor) and argument.is_floating_point():
-        return argument.abs()
-    return argument
 
 
 def longest(arguments) -> int:

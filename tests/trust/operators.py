@@ -3,7 +3,6 @@
 Every operation runs twice: other bits on the second run are a fault.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,12 +11,13 @@ from hypothesis import strategies as st
 from lorasb_kernels import functional
 from lorasb_kernels.ops.bitplanes import unpack, words
 from lorasb_kernels.ops.core_backward import core_backward
-from lorasb_kernels.ops.dropout import keep_mask, new_seed
+from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.factor_gradient import factor_gradient
 from lorasb_kernels.ops.shrink import shrink
+from tests import formulas
 from tests.ops.operands import as_tuple, same_bits
-from tests.trust import draws, formulas
+from tests.trust import draws
 from tests.trust.judging import Verdict, judge
 
 ROWS = ("contiguous", "padded")  # layouts with a contiguous last dimension
@@ -44,24 +44,22 @@ class Case:
         self.seed += 1
         return draws.make(fill, shape, dtype, self.device, self.seed)
 
-    def dropout(self, rows: int, columns: int):
-        """p, the seed of the mask (None without dropout) and the mask on the CPU."""
+    def dropout(self):
+        """p, and the seed that is drawn after `torch.manual_seed(self.seed)`; None without."""
         dropout = self.draw(draws.dropouts())
         if dropout == 0:
-            return 0.0, None, formulas.EYE
+            return 0.0, None
         torch.manual_seed(self.seed)
-        seed = new_seed(self.device)
-        return dropout, seed, keep_mask(rows, columns, dropout, seed.cpu())
+        return dropout, new_seed(self.device)
 
 
 def judged(case: Case, run: Callable, formula: Callable, *operands) -> list[Verdict]:
     """Runs twice; judges each output against `formula` on the operands."""
     outputs = as_tuple(run())
     again = as_tuple(run())
-    eager = formula(lambda t: t.to(case.dtype), *_on(case.device, operands))
-    exact = formula(lambda t: t, *_widened(operands))
-    tiny = torch.finfo(case.dtype).tiny
-    terms = formula(lambda t: t + tiny, *_widened(operands, magnitudes=True))
+    eager = formulas.eager(formula, case.dtype, case.device, *operands)
+    exact = formulas.exact(formula, *operands)
+    terms = formulas.magnitudes(formula, *operands, floor=torch.finfo(case.dtype).tiny)
     verdicts = []
     for out, other, *references in zip(outputs, again, eager, exact, terms, strict=True):
         if not same_bits(out.detach(), other.detach()):
@@ -71,34 +69,14 @@ def judged(case: Case, run: Callable, formula: Callable, *operands) -> list[Verd
     return verdicts
 
 
-def _on(device, operand):
-    """`operand`, or the operands nested in it, with the dropout masks on `device`."""
-    if isinstance(operand, (tuple, list)):
-        return type(operand)(_on(device, item) for item in operand)
-    return operand.detach().to(device) if isinstance(operand, torch.Tensor) else operand
-
-
-def _widened(operand, magnitudes=False):
-    if isinstance(operand, (tuple, list)):
-        return type(operand)(_widened(item, magnitudes) for item in operand)
-    if isinstance(operand, torch.Tensor):
-        operand = operand.detach().cpu()
-        if not operand.is_floating_point():
-            return operand
-        return operand.double().abs() if magnitudes else operand.double()
-    return abs(operand) if magnitudes and isinstance(operand, float) else operand
-
-
 def try_shrink(case: Case, backend: str) -> list[Verdict]:
     M, n, r = case.draw(draws.rows()), case.draw(draws.sizes()), case.draw(draws.ranks())
     x = case.operand(M, n, layouts=ROWS)
     A = case.operand(r, n, layouts=EITHER)
     R = case.operand(r, r, layouts=EITHER, dtype=FP32)
     s = case.draw(draws.scalings())
-    p, seed, mask = case.dropout(M, n)
-    return judged(
-        case, lambda: shrink(x, A, R, s, p, seed, backend), formulas.shrink, x, A, R, s, mask, p
-    )
+    operands = (x, A, R, s, *case.dropout())
+    return judged(case, lambda: shrink(*operands, backend), formulas.shrink, *operands)
 
 
 def try_core_backward(case: Case, backend: str) -> list[Verdict]:
@@ -110,8 +88,9 @@ def try_core_backward(case: Case, backend: str) -> list[Verdict]:
         case.operand(r, r, layouts=EITHER, dtype=FP32),
         case.draw(draws.scalings()),
     )
-    run = lambda: core_backward(*operands, backend)  # noqa: E731
-    return judged(case, run, formulas.core_backward, *operands)
+    return judged(
+        case, lambda: core_backward(*operands, backend), formulas.core_backward, *operands
+    )
 
 
 def try_expand(case: Case, backend: str) -> list[Verdict]:
@@ -122,9 +101,8 @@ def try_expand(case: Case, backend: str) -> list[Verdict]:
     p = case.operand(M, r)
     factor = case.operand(N, r, layouts=EITHER)
     bias = case.operand(N) if case.draw(st.booleans()) else None
-    dropout, seed, mask = case.dropout(M, N)
-    run = lambda: expand(x, weight, p, factor, bias, dropout, seed, backend)  # noqa: E731
-    return judged(case, run, formulas.expand, x, weight, p, factor, bias, mask, dropout)
+    operands = (x, weight, p, factor, bias, *case.dropout())
+    return judged(case, lambda: expand(*operands, backend), formulas.expand, *operands)
 
 
 def leading_dimensions(case: Case) -> tuple[int, ...]:
@@ -152,7 +130,7 @@ def try_lorasb_linear(case: Case, backend: str) -> list[Verdict]:
     x = case.operand(*tokens, n, layouts=ANY).requires_grad_()
     *frozen, dy = layer(case, tokens, n, r, plain=False)
     s = case.draw(draws.scalings())
-    dropout, _, mask = case.dropout(math.prod(tokens), n)
+    dropout, seed = case.dropout()
 
     def run():
         torch.manual_seed(case_seed)
@@ -164,7 +142,7 @@ def try_lorasb_linear(case: Case, backend: str) -> list[Verdict]:
 
     case_seed = case.seed
     flat = (x.reshape(-1, n), *frozen, dy.reshape(-1, dy.shape[-1]))
-    return judged(case, run, formulas.lorasb_linear, *flat, s, mask, dropout)
+    return judged(case, run, formulas.lorasb_linear, *flat, s, dropout, seed)
 
 
 def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
@@ -177,7 +155,7 @@ def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
     x = case.operand(*tokens, n, layouts=ANY, largest=False).requires_grad_()
     layers = [layer(case, tokens, n, r, plain=True) for _ in range(case.draw(st.integers(1, 3)))]
     s = case.draw(draws.scalings())
-    dropout, _, mask = case.dropout(math.prod(tokens), n)
+    dropout, seed = case.dropout()
     weights, As, Rs, Bs, biases, dys = zip(*layers, strict=True)
 
     def run():
@@ -188,7 +166,7 @@ def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
 
     case_seed = case.seed
     flat = [(*frozen, dy.reshape(-1, dy.shape[-1])) for *frozen, dy in layers]
-    return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, mask, dropout)
+    return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, dropout, seed)
 
 
 def try_lora(case: Case, backend: str) -> list[Verdict]:
@@ -202,9 +180,9 @@ def try_lora(case: Case, backend: str) -> list[Verdict]:
     bias = case.operand(m) if case.draw(st.booleans()) else None
     dy = case.operand(*tokens, m, layouts=ANY)
     s = case.draw(draws.scalings())
-    dropout, mask = 0.0, formulas.EYE
+    dropout, seed = 0.0, None
     if backend != "cuda":  # which refuses dropout before a trained A
-        dropout, _, mask = case.dropout(math.prod(tokens), n)
+        dropout, seed = case.dropout()
 
     def run():
         torch.manual_seed(case_seed)
@@ -214,18 +192,18 @@ def try_lora(case: Case, backend: str) -> list[Verdict]:
 
     case_seed = case.seed
     flat = (x.reshape(-1, n), weight, A, B, bias, dy.reshape(-1, m))
-    return judged(case, run, formulas.lora, *flat, s, mask, dropout)
+    return judged(case, run, formulas.lora, *flat, s, dropout, seed)
 
 
 def try_factor_gradient(case: Case, backend: str) -> list[Verdict]:
     M, k, r = case.draw(draws.rows()), case.draw(draws.sizes()), case.draw(draws.ranks())
     left, rows = case.operand(M, r, layouts=ROWS), case.operand(M, k, layouts=ROWS)
-    p, seed, mask = 0.0, None, formulas.EYE
-    if backend != "cuda":  # whose kernel has no dropout
-        p, seed, mask = case.dropout(M, k)
-    run = lambda: factor_gradient(left, rows, p, seed, backend)  # noqa: E731
+    # The kernel of CUDA has no dropout.
+    operands = (left, rows, *((0.0, None) if backend == "cuda" else case.dropout()))
     case.dtype = FP32  # the sum, whatever the dtype of the operands
-    return judged(case, run, formulas.factor_gradient, left, rows, mask, p)
+    return judged(
+        case, lambda: factor_gradient(*operands, backend), formulas.factor_gradient, *operands
+    )
 
 
 def gradient_operands(case: Case):
@@ -269,16 +247,13 @@ def try_sign_gradient(case: Case, backend: str) -> list[Verdict]:
     if not all(map(torch.equal, planes, again)):
         return [Verdict(0, 0, "other bits on the second run")]
     signs = signs_of(planes, x.shape[-1])
-    flat = _widened(rows_of(dy, x, weight))
-    zero = torch.zeros(signs.shape, dtype=torch.float64)
-    (exact,) = formulas.sign_accumulate(lambda t: t, zero, *flat)
+    operands = (torch.zeros(signs.shape), *rows_of(dy, x, weight))
     limits = torch.finfo(FP32)
-    absolute = _widened(rows_of(dy, x, weight), magnitudes=True)
-    (terms,) = formulas.sign_accumulate(lambda t: t + limits.tiny, zero, *absolute)
+    (exact,) = formulas.exact(formulas.sign_accumulate, *operands)
+    (terms,) = formulas.magnitudes(formulas.sign_accumulate, *operands, floor=limits.tiny)
     if (~exact.isfinite() & signs.isfinite()).any():
         return [Verdict(0, 0, "a sign where the sum is not finite")]
-    single = zero.to(dy.device, FP32)
-    (eager,) = formulas.sign_accumulate(lambda t: t, single, *rows_of(dy, x, weight))
+    (eager,) = formulas.eager(formulas.sign_accumulate, FP32, dy.device, *operands)
     fits = exact.isfinite() & eager.isfinite().cpu() & (terms < limits.max / 2)
     if (fits & ~signs.isfinite()).any():
         return [Verdict(0, 0, "no sign where the sum is finite")]
@@ -292,10 +267,10 @@ def try_pack_signs(case: Case, backend: str) -> list[Verdict]:
     acc = case.operand(
         case.draw(draws.rows()), case.draw(draws.sizes(200)), layouts=ANY, dtype=FP32
     )
-    signs = signs_of(functional.pack_signs(acc, backend=backend), acc.shape[1])
-    exact = acc.cpu().double()
-    exact = torch.where(exact.isfinite(), exact.sign(), math.nan)
-    same = torch.equal(signs.nan_to_num(7), exact.nan_to_num(7))
+    planes = functional.pack_signs(acc, backend=backend)
+    same = all(
+        torch.equal(p.cpu(), f) for p, f in zip(planes, formulas.sign_planes(acc), strict=True)
+    )
     return [Verdict(0, 0, None if same else "a wrong sign")]
 
 
