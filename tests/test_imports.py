@@ -6,6 +6,11 @@ import sys
 
 import pytest
 
+OPTIONAL = (
+    *("transformers", "accelerate", "peft", "rich", "yaml", "matplotlib"),
+    *("bitsandbytes", "torchao", "huggingface_hub"),
+)
+
 # Builds of torch for CUDA import triton themselves; those modules are removed here.
 BLOCK = """
 import sys, torch
@@ -55,8 +60,7 @@ import lorasb_kernels
 for name in lorasb_kernels.__all__:
     getattr(lorasb_kernels, name)
 """
-    optional = ("transformers", "accelerate", "peft", "rich", "yaml", "matplotlib")
-    run(code, blocked=("triton", "bitsandbytes", "torchao", *optional))
+    run(code, blocked=("triton", *OPTIONAL))
 
 
 def test_every_public_name_is_there():
@@ -88,12 +92,28 @@ for backend in ("triton", "cuda"):
     assert blocked == "backend='triton' cannot run: triton cannot be imported (blocked: triton)"
 
 
-def test_import_is_quick():
+def test_importing_the_package_imports_nothing_else():
+    """Not even torch: public names are imported at first use."""
     code = """
-import time, torch
-start = time.perf_counter()
+import sys
+before = set(sys.modules)
 import lorasb_kernels
-print(time.perf_counter() - start)
+added = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(added - sys.stdlib_module_names))
 """
-    best = min(float(run(code)) for _ in range(3))
-    assert best < 0.3
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.split() == ["lorasb_kernels"]
+
+
+def test_the_public_names_import_no_optional_package():
+    code = """
+import lorasb_kernels
+for name in lorasb_kernels.__all__:
+    getattr(lorasb_kernels, name)
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+    imported = set(run(code).split())
+    assert "safetensors" in imported
+    assert imported.isdisjoint({"triton", *OPTIONAL})

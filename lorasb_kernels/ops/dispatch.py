@@ -14,7 +14,6 @@ A named backend that cannot run raises an error; only `auto` chooses.
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
 
 import torch
@@ -22,13 +21,9 @@ import torch
 from lorasb_kernels.ops import extension, reference, triton
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, BACKENDS
 from lorasb_kernels.ops.precision import KERNEL_DTYPES
+from lorasb_kernels.ops.triton import interpreting
 
 MIN_CAPABILITY = (8, 0)
-
-
-def interpreting() -> bool:
-    """True when Triton kernels run in Triton's interpreter (`TRITON_INTERPRET=1`)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
@@ -152,7 +147,6 @@ class BackendOperator:
 __all__ = [
     "BackendOperator",
     "choose_backend",
-    "interpreting",
     "library",
     "obstacle",
     "resolve_backend",

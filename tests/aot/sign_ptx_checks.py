@@ -13,7 +13,7 @@ from tests import formulas
 from tests.aot.emulator import ARCH, emulated, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import normal, same_bits
-from tests.ops.test_sign_gradient import clear_signs, exact, operands
+from tests.ops.test_sign_accumulate import clear_signs, exact, operands
 from tests.ops.test_sign_matmul import signs
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.contenders import CONTENDERS
-from lorasb_kernels.ops.dispatch import interpreting
+from lorasb_kernels.ops.triton import interpreting
 from lorasb_kernels.profiling.shapes import Layer
 from lorasb_kernels.profiling.workload import Operands, Run, Workload
 from tests.contract import assert_within_contract

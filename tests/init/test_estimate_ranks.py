@@ -32,7 +32,7 @@ def run_ranks(folder: Path, case: str) -> list[str]:
     outputs = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=600)
             assert process.returncode == 0, err
             outputs.append(out)
     finally:

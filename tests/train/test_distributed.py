@@ -53,7 +53,7 @@ def test_two_processes_equal_one(method, llama, tmp_path):
             )
         )
     for worker in workers:
-        output, _ = worker.communicate(timeout=120)
+        output, _ = worker.communicate(timeout=600)
         assert worker.returncode == 0, output
     two = json.loads((tmp_path / "two" / "result.json").read_text())["losses"]
     config = tiny_config(llama, tmp_path / "one", method=method, batch_size=8)

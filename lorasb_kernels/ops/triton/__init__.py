@@ -5,6 +5,7 @@ imported until an operation runs, so that the package works where Triton is not 
 """
 
 import importlib
+import os
 from collections.abc import Callable
 
 IMPLEMENTATIONS = {
@@ -19,10 +20,15 @@ IMPLEMENTATIONS = {
 }
 
 
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's interpreter (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def implementation(operation: str) -> Callable:
     """The Triton implementation of an operation, imported."""
     file, function = IMPLEMENTATIONS[operation].split(".")
     return getattr(importlib.import_module(f"{__name__}.{file}"), function)
 
 
-__all__ = ["IMPLEMENTATIONS", "implementation"]
+__all__ = ["IMPLEMENTATIONS", "implementation", "interpreting"]

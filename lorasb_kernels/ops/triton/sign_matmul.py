@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasb_kernels.ops.dispatch import interpreting
+from lorasb_kernels.ops.triton import interpreting
 from lorasb_kernels.ops.triton.bitplanes import expand_words
 from lorasb_kernels.ops.triton.parts import launch_guard
 from lorasb_kernels.ops.triton.sign_tiles import sign_matmul_tile
