@@ -27,8 +27,9 @@ ROOMS = (
     ("targets",),
     ("nn",),
     ("functional",),
+    ("config",),
     ("ops",),
-    ("config", "quantization"),
+    ("quantization",),
     ("utils",),
 )
 LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
