@@ -4,6 +4,7 @@ A rule takes the sources of the package, a text for each module, and returns wha
 """
 
 import ast
+import functools
 import graphlib
 import re
 from collections.abc import Iterator
@@ -50,9 +51,14 @@ def sources() -> dict[str, str]:
     return texts
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def imports(texts: dict[str, str], module: str) -> Iterator[str]:
     """What a module imports anywhere in it; a name from the package as the module it is in."""
-    for node in ast.walk(ast.parse(texts[module])):
+    for node in ast.walk(parsed(texts[module])):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -138,7 +144,7 @@ def repository_lookups(texts: dict[str, str]) -> list[str]:
     """Strings that are no docstrings and name git or the folder of the documentation."""
     found = []
     for module, text in texts.items():
-        tree = ast.parse(text)
+        tree = parsed(text)
         documentation = {
             id(node.body[0].value)
             for node in ast.walk(tree)
@@ -161,7 +167,7 @@ def operations(texts: dict[str, str]) -> list[tuple[str, str]]:
     return [
         (node.args[0].value, module)
         for module, text in texts.items()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(text))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BackendOperator"
     ]
 
@@ -188,7 +194,7 @@ def incomplete_operations(texts: dict[str, str]) -> list[str]:
 
 
 def functions(text: str) -> set[str]:
-    return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in parsed(text).body if isinstance(node, ast.FunctionDef)}
 
 
 RULES = (
