@@ -143,7 +143,7 @@ struct Unchanged {
 // Adds the product of rows m… of tile A and columns n… of tile B to the warp's accumulators of
 // MI×NI tiles of 16×8. Only the first `tiles` of the NI column tiles are computed, so a rank below
 // the size of the tile costs only that rank, rounded up to 8.
-// Tile A may be longer in K than B: `ka` is where B's first index falls in it.
+// Tile A may be longer in K than B: `ka` is the index in A of B's first index.
 // `prepare(a, i, k)` may change the fragment of row tile i at contraction index k.
 template <class TileA, class TileB, int MI, int NI, class Prepare = Unchanged>
 __device__ inline void warp_multiply(float (&acc)[MI][NI][4], const typename TileA::T* a,

@@ -15,8 +15,8 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
 def until(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`, so that a model that goes on to ask itself another
-    question is judged by its answer to this one."""
+    """`text` up to the first of `stops`, so that a model that continues with another question
+    is evaluated on its answer to this one."""
     ends = [end for stop in stops if (end := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
 

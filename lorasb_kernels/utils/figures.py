@@ -77,7 +77,7 @@ def new_figure(columns: int = 1, size: tuple[float, float] = (7, 4.2)):
 
 
 def save_png(figure, path: str | Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Writes a figure as PNG, completely or not at all."""
     figure.tight_layout()
     with replacing(path) as building:
         figure.savefig(building, format="png")

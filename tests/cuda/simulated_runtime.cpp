@@ -1,6 +1,6 @@
 // Stands in for the CUDA runtime, and for the few functions of torch that need a GPU.
 //
-// Linked with the extension's own object files in place of cudart: the bindings and launchers
+// Linked with the extension's own object files instead of cudart: the bindings and launchers
 // run as they are, on CPU tensors, and each kernel launch is handed to a callback, which
 // executes the kernel's PTX. Functions called __wrap_x are reached through the linker's --wrap.
 #include <cuda_runtime_api.h>

@@ -64,7 +64,7 @@ def worst_of(
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """`torch.empty` hands out NaN: an element that a kernel leaves unwritten shows."""
+    """`torch.empty` returns NaN, so an element that a kernel does not write is detected."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
