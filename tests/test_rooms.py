@@ -56,12 +56,18 @@ def parsed(text: str) -> ast.Module:
     return ast.parse(text)
 
 
+@functools.cache
+def import_nodes(text: str) -> list[ast.Import | ast.ImportFrom]:
+    kinds = (ast.Import, ast.ImportFrom)
+    return [node for node in ast.walk(parsed(text)) if isinstance(node, kinds)]
+
+
 def imports(texts: dict[str, str], module: str) -> Iterator[str]:
     """What a module imports anywhere in it; a name from the package as the module it is in."""
-    for node in ast.walk(parsed(texts[module])):
+    for node in import_nodes(texts[module]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{module} imports relatively"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"

@@ -1,8 +1,11 @@
 """Atomic writing."""
 
-import pytest
+import os
 
-from lorasb_kernels.utils.files import replacing, write_text
+import pytest
+import torch
+
+from lorasb_kernels.utils.files import atomic_folder, replacing, write_tensors, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -20,7 +23,27 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_permissions_are_those_of_a_plain_file(tmp_path):
-    (tmp_path / "plain").write_text("")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_a_plain_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").write_text("")
+        write_text(tmp_path / "file", "")
+        write_tensors(tmp_path / "tensors", {"R": torch.ones(2)})
+    finally:
+        os.umask(before)
+    expected = (tmp_path / "plain").stat().st_mode
+    assert expected & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "file").stat().st_mode == expected
+    assert (tmp_path / "tensors").stat().st_mode == expected
+
+
+def test_the_umask_of_the_process_is_never_changed(tmp_path, monkeypatch):
+    """Not for a moment: another thread might create a file in it."""
+    set_to = []
+    monkeypatch.setattr(os, "umask", lambda mask: set_to.append(mask) or 0o022)
     write_text(tmp_path / "file", "")
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    write_tensors(tmp_path / "tensors", {"R": torch.ones(2)})
+    with atomic_folder(tmp_path / "folder"):
+        pass
+    assert set_to == []
