@@ -20,7 +20,7 @@ class InitFacts:
     Args:
         has_core: training changes R alone; without a core it changes A and B.
         needs_gradients: A and B come from the gradients of samples, so that batches are needed.
-        needs_eta: of the gradients only the signs count, so that the size η of the step is needed.
+        needs_eta: the core is a step of size η, which has to be given.
         alpha_is_r: its paper's scaling is α/r, with α = r where nothing else is said.
         rebuilt: A and B follow from the frozen weight and the seed, and are not stored.
     """
@@ -34,7 +34,9 @@ class InitFacts:
 
 INITS = {
     "lora-sb": InitFacts(needs_gradients=True, needs_eta=True),
+    "lora-sb-sgd": InitFacts(needs_gradients=True, needs_eta=True),
     "lora-xs": InitFacts(alpha_is_r=True, rebuilt=True),
+    "random-ab": InitFacts(alpha_is_r=True),
     "orthogonal": InitFacts(),
     "noise": InitFacts(needs_gradients=True, needs_eta=True),
     "kaiming-svd": InitFacts(),
@@ -58,8 +60,10 @@ class LoRASBConfig:
             (random orthonormal A and B, R = 0), or, training A and B without a core, `"lora"`
             (Kaiming-uniform A, B = 0, arXiv:2106.09685) or `"lora-one"` (truncated SVD of the
             negative gradient, arXiv:2502.01235). For ablations, LoRA-SB with another start:
+            `"lora-sb-sgd"` (the first update of plain gradient descent, without the sign),
             `"noise"` (ΔW plus noise), `"kaiming-svd"` (a Kaiming-uniform matrix for ΔW) and
-            `"scaled-b"` (the same B·R·A with B = U S, R = 1/s: B is not orthonormal).
+            `"scaled-b"` (the same B·R·A with B = U S, R = 1/s: B is not orthonormal); LoRA-XS
+            with another start: `"random-ab"` (Kaiming-uniform A and B).
         scaling: s of the adapter `s·B·R·A`, finite and not 0.
         lora_alpha: α; when given, s = α/r and `scaling` must not be given.
         use_rslora: s = α/√r instead (arXiv:2312.03732).
@@ -75,7 +79,7 @@ class LoRASBConfig:
         modules_to_save: name suffixes of modules trained whole, such as a classification head.
         share_inputs: fuse sibling layers that read the same input (q, k, v; gate, up).
         sigma_side: the factor that carries Σ for `"lora-xs"`, `"B"` or `"A"`.
-        core_std: standard deviation of the initial R for `"lora-xs"`.
+        core_std: standard deviation of the initial R for `"lora-xs"` and `"random-ab"`.
         noise_std: standard deviation of the noise added to ΔW for `"noise"`.
         gamma: γ of `"lora-one"`.
         spectral_scaling: the factor that `"lora-one"` puts on each of A and B from the singular

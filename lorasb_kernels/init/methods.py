@@ -2,9 +2,11 @@
 
 lora-sb      ΔW = −η·sign(Σ ∂L/∂W) ≈ U S Vᵀ     B = U, A = Vᵀ, R = S/s       (arXiv:2411.19557)
 lora-xs      W ≈ U S Vᵀ                         B = U S, A = Vᵀ, R ~ N(0, σ²)  (arXiv:2405.17604)
+lora-sb-sgd  ΔW = −η·mean ∂L/∂W ≈ U S Vᵀ       as lora-sb                    (ibid., theorem 6)
 noise        ΔW + N(0, σ²) ≈ U S Vᵀ             as lora-sb                    (ibid., table 5)
 kaiming-svd  U(±1/√n) ≈ U S Vᵀ                  as lora-sb                    (ibid.)
 scaled-b     ΔW ≈ U S Vᵀ                        B = U S, A = Vᵀ, R = 1/s      (ibid.)
+random-ab    B ~ U(±1/√m), A ~ U(±1/√r), R ~ N(0, σ²)   (arXiv:2405.17604, table 3)
 orthogonal   random orthonormal A and B, R = 0
 lora         A ~ U(±1/√n), B = 0, no R                                        (arXiv:2106.09685)
 lora-one     −mean ∂L/∂W ≈ U S Vᵀ               B = U·d, A = d·Vᵀ, no R       (arXiv:2502.01235)
@@ -79,6 +81,22 @@ def lora_sb(
         )
         for matrix, svd in zip(signs, decompositions, strict=True)
     ]
+
+
+def lora_sb_sgd(
+    gradient: torch.Tensor, r: int, eta: float, scaling: float, generator: torch.Generator
+) -> Adapter:
+    """LoRA-SB for plain gradient descent: the rank-r approximation of the update −η·gradient.
+
+    Args:
+        gradient: ∂L/∂W of the mean loss over samples, [m, n].
+        r: rank.
+        eta: η, the step of the update.
+        scaling: s.
+        generator: draws the start of the SVD.
+    """
+    svd = truncated_svd(-gradient, r, generator=generator)
+    return Adapter(svd.V.T, torch.diag(svd.S * (eta / scaling)), svd.U, LayerReport.of(svd))
 
 
 def noise(
@@ -185,6 +203,16 @@ def lora_xs(
     return Adapter(A, core, B, LayerReport.of(svd))
 
 
+def random_ab(m: int, n: int, r: int, core_std: float, generator: torch.Generator) -> Adapter:
+    """LoRA-XS without the SVD: Kaiming-uniform A and B, a small random core.
+
+    The bounds are those of the published code, which draws both factors transposed.
+    """
+    A, B = (kaiming_uniform(shape, generator) for shape in ((n, r), (r, m)))
+    core = torch.randn(r, r, generator=generator) * core_std
+    return Adapter(A.T.contiguous(), core, B.T.contiguous())
+
+
 def orthogonal(weight: torch.Tensor, r: int, generator: torch.Generator) -> Adapter:
     """Random orthonormal A and B, R = 0."""
     m, n = weight.shape
@@ -239,8 +267,8 @@ def _initial(
     progress: bool,
 ) -> Iterator[tuple[str, Adapter]]:
     """The adapters as their methods define them."""
-    if config.init == "lora-one":
-        yield from _lora_one(model, targets, config, batches, estimation, progress)
+    if config.init in ("lora-one", "lora-sb-sgd"):
+        yield from _from_gradients(model, targets, config, batches, eta, estimation, progress)
         return
     if config.facts.needs_eta:
         updates = estimate_updates(model, batches, list(targets), estimation, progress=progress)
@@ -257,6 +285,8 @@ def _initial(
         weight = dense_weight(linear)
         if config.init == "lora-xs":
             yield name, lora_xs(weight, config.r, config.core_std, config.sigma_side, generator)
+        elif config.init == "random-ab":
+            yield name, random_ab(*weight.shape, config.r, config.core_std, generator)
         elif config.init == "kaiming-svd":
             yield name, kaiming_svd(weight.shape, config.r, config.s, generator, weight.device)
         elif config.init == "lora":
@@ -265,25 +295,31 @@ def _initial(
             yield name, orthogonal(weight, config.r, generator)
 
 
-def _lora_one(
+def _from_gradients(
     model: nn.Module,
     targets: dict[str, nn.Linear],
     config: LoRASBConfig,
     batches: Iterable,
+    eta: float | None,
     estimation: EstimationOptions,
     progress: bool,
 ) -> Iterator[tuple[str, Adapter]]:
     batches = list(batches)
     gradients = estimate_gradients(model, batches, list(targets), estimation, progress=progress)
     samples = 1
-    if config.spectral_scaling == "absolute":  # the relative one does not depend on the scale
+    relative = config.init == "lora-one" and config.spectral_scaling == "relative"
+    if not relative:  # which does not depend on the gradient's scale
         device = next(iter(targets.values())).weight.device
         count = torch.tensor(sum(map(sample_count, batches)), device=device)
         samples = ranks.sum_(count).item()
     for name, total in gradients:
         generator = layer_generator(config.seed, name)
-        options = (config.r, config.gamma, config.spectral_scaling, generator)
-        yield name, lora_one(total / samples, *options)
+        gradient = total / samples
+        if config.init == "lora-sb-sgd":
+            yield name, lora_sb_sgd(gradient, config.r, eta, config.s, generator)
+        else:
+            options = (config.r, config.gamma, config.spectral_scaling, generator)
+            yield name, lora_one(gradient, *options)
 
 
 __all__ = [
@@ -293,9 +329,11 @@ __all__ = [
     "lora",
     "lora_one",
     "lora_sb",
+    "lora_sb_sgd",
     "lora_xs",
     "noise",
     "orthogonal",
     "orthonormal",
+    "random_ab",
     "scaled_b",
 ]

@@ -161,3 +161,38 @@ def test_ablations_on_a_model(name):
     for layer in adapted_layers(model).values():
         assert layer.lora_R.grad.abs().sum() > 0
         assert layer.lora_R.detach().abs().sum() > 0
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.25])
+def test_theorem_6_lora_sb_of_gradient_descent_starts_at_its_first_step(scaling):
+    """W + s·B·R·A is W − η·∇L of the mean loss over samples, as far as rank r goes."""
+    data = batches("roberta")
+    plain = build("roberta").double()
+    loss = sum(plain(**batch).loss * len(batch["labels"]) for batch in data)
+    (loss / sum(len(batch["labels"]) for batch in data)).backward()
+    full_gradients = {name: p.grad for name, p in plain.named_parameters()}
+    eta, r = 0.3, 3
+    config = LoRASBConfig(r, ("query", "value"), "lora-sb-sgd", scaling=scaling)
+    model = adapt(build("roberta"), config, data, learning_rate=eta, progress=False)
+    for name, layer in adapted_layers(model).items():
+        U, S, Vt = torch.linalg.svd(-eta * full_gradients[f"{name}.weight"])
+        step = (U[:, :r] * S[:r]) @ Vt[:r]
+        product = (scaling * layer.lora_B @ layer.lora_R @ layer.lora_A).detach().double()
+        assert (product - step).norm() < 1e-3 * step.norm(), name
+        for gram in (layer.lora_B.T @ layer.lora_B, layer.lora_A @ layer.lora_A.T):
+            torch.testing.assert_close(gram, torch.eye(r), rtol=0, atol=1e-5)
+
+
+def test_random_ab_draws_what_lora_xs_compares_its_svd_with():
+    """Bounds of the published code: 1/√r for A, 1/√m for B; R of standard deviation σ."""
+    layer = torch.nn.Linear(600, 400)
+    config = LoRASBConfig(64, init="random-ab", core_std=1e-3, lora_alpha=16)
+    model = adapt(torch.nn.Sequential(layer), config)
+    adapted = model[0]
+    for factor, bound in ((adapted.lora_A, 1 / 8), (adapted.lora_B, 1 / 20)):
+        assert factor.abs().max() <= bound
+        torch.testing.assert_close(factor.std().item(), bound / 3**0.5, rtol=0.02, atol=0)
+    torch.testing.assert_close(adapted.lora_R.std().item(), 1e-3, rtol=0.05, atol=0)
+    assert adapted.scaling == 16 / 64
+    again = adapt(torch.nn.Sequential(torch.nn.Linear(600, 400)), config)[0]
+    assert torch.equal(again.lora_B, adapted.lora_B)
