@@ -63,7 +63,7 @@ def predict(config: TrainConfig) -> str:
         r=config.r,
         samples=samples,
         tokens=-(-tokens // samples),
-        micro_batch=min(samples, config.batch_size),
+        micro_batch=min(samples, config.init_batch_size or config.batch_size),
         rates=Rates.measure(device, getattr(torch, config.dtype), config.r),
         labelled_tokens=max(map(_labelled_columns, batches)),
     )

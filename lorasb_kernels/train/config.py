@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from lorasb_kernels.config import INITS, SPECTRAL_SCALINGS, InitFacts
+from lorasb_kernels.config import INITS, SIGMA_SIDES, SPECTRAL_SCALINGS, InitFacts
 from lorasb_kernels.init.estimation.options import STRATEGIES
 from lorasb_kernels.train.data import FORMATS
 from lorasb_kernels.train.errors import ConfigError, shown
@@ -27,7 +27,8 @@ METHODS = (*ADAPTER_METHODS, *PEFT_METHODS, "full")
 FACTOR_OPTIMIZERS = ("preconditioned", "lora-pro")
 OPTIMIZERS = ("adamw", *FACTOR_OPTIMIZERS)
 SCHEDULES = ("linear", "cosine", "constant")
-BATCHING = ("length-grouped", "packed")
+BATCHING = ("length-grouped", "random", "packed")
+ETA_RULES = ("first-step", "published")
 DTYPES = ("float32", "bfloat16")
 EVALUATIONS = {
     "causal-lm": ("loss", "numeric", "math", "answer", "choice"),
@@ -59,6 +60,7 @@ class TrainConfig:
     use_rslora: bool | None = None  # scaling is α/√r; None: for `rslora` and `lora-one`
     dropout: float = 0.0
     learning_rate: float = 1e-3
+    head_learning_rate: float | None = None  # of a classifier's new head; None: learning_rate
     optimizer: str | None = None  # None: preconditioned for `lora-one`, lora-pro for it, else adamw
     damping: float = 1e-6  # λ of the preconditioned optimizer
     schedule: str = "linear"
@@ -78,12 +80,19 @@ class TrainConfig:
     batching: str = "length-grouped"
     init_share: float = 1e-3  # of the training samples, for LoRA-SB's update estimate
     init_minimum: int = 32  # samples, when the share is fewer
-    init_learning_rate: float | None = None  # η of LoRA-SB; None: that of the first step
+    init_batch_size: int | None = None  # samples per forward pass of it; None: batch_size
+    init_learning_rate: float | None = None  # η of LoRA-SB; None: by eta_rule
+    eta_rule: str = "first-step"  # of the schedule, or "published": as the public code counts steps
+    init_from: str | None = (
+        None  # saved adapter whose tensors replace those of equal name and shape
+    )
     init_strategy: str = "auto"  # of estimating gradients: resident, layerwise, grouped
     init_memory_budget: int | None = None  # bytes for it; None: half of what is free
     gamma: float = 128.0  # γ of `lora-one`
     spectral_scaling: str = "relative"  # of `lora-one`: √(S/S₁)/√γ, or "absolute": √γ·√S
     noise_std: float = 1e-5  # of `noise`
+    sigma_side: str = "B"  # of `lora-xs`: the factor that carries Σ
+    core_std: float = 1e-5  # of `lora-xs` and `random-ab`: of the initial R
     optimal_gradient: bool = False  # of the core, for an A or B that is not orthonormal
     orthonormalize: bool = False  # A and B, their triangles into the core: for any optimizer
     dtype: str = "float32"  # of the frozen weights; what is trained stays float32
@@ -145,6 +154,21 @@ class TrainConfig:
                 )
         if "" in (self.stop or ()):
             raise ConfigError("stop holds an empty text; expected texts that end an answer")
+        if self.head_learning_rate is not None and (
+            self.task != "classification" or self.optimizer in FACTOR_OPTIMIZERS
+        ):
+            raise ConfigError(
+                "head_learning_rate is given; expected task classification and optimizer adamw"
+            )
+        if self.init_from is not None and facts is None:
+            raise ConfigError(
+                f"init_from is given with method {self.method!r}; expected one of "
+                f"{', '.join(ADAPTER_METHODS)}"
+            )
+        self._one_of("eta_rule", ETA_RULES)
+        if self.eta_rule == "published" and not self.warmup_ratio:
+            raise ConfigError("eta_rule is 'published'; expected a warmup_ratio above 0")
+        self._one_of("sigma_side", SIGMA_SIDES)
         self._one_of("init_strategy", STRATEGIES)
         self._one_of("schedule", SCHEDULES)
         self._one_of("batching", BATCHING)
@@ -157,13 +181,15 @@ class TrainConfig:
         positive = ("r", "learning_rate", "batch_size", "accumulation", "epochs", "max_length")
         positive += ("init_minimum", "eval_batch_size", "max_new_tokens", "save_steps")
         positive += ("keep_checkpoints", "max_steps", "lora_alpha", "init_learning_rate")
-        positive += ("damping", "gamma", "init_memory_budget", "data_limit")
+        positive += ("damping", "gamma", "init_memory_budget", "data_limit", "init_batch_size")
+        positive += ("head_learning_rate",)
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; expected a positive number")
         limits = {"dropout": 1, "warmup_ratio": 1, "weight_decay": math.inf}
         limits |= {"max_grad_norm": math.inf, "seed": 2**32, "max_cut_share": 1 + 1e-9}
+        limits |= {"noise_std": math.inf, "core_std": math.inf}
         for name, upper in limits.items():
             if not 0 <= getattr(self, name) < upper:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 ≤ {name} < {upper}")

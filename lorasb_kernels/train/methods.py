@@ -13,6 +13,8 @@ from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
 from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.loss import sample_mean_loss
+from lorasb_kernels.train.progress import console
+from lorasb_kernels.train.warm_start import seed_of, start_from
 from lorasb_kernels.utils.files import atomic_folder
 
 ADAPTER_FOLDER = "adapter"
@@ -93,11 +95,13 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
         backend=config.backend,
         optimal_gradient=config.optimal_gradient,
         orthonormalize=config.orthonormalize,
+        sigma_side=config.sigma_side,
+        core_std=config.core_std,
         noise_std=config.noise_std,
         gamma=config.gamma,
         spectral_scaling=config.spectral_scaling,
         modules_to_save=heads(model) if config.task == "classification" else (),
-        seed=config.seed,
+        seed=config.seed if config.init_from is None else seed_of(config.init_from),
     )
     batches = None
     if config.init_facts.needs_gradients:
@@ -110,6 +114,10 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
     adapt(
         model, adapter_config, batches, learning_rate=eta, estimation=estimation, progress=progress
     )
+    if config.init_from is not None:
+        message = start_from(model, config.init_from)
+        if progress:
+            console.print(message)
     # After the first barrier no rank mistakes the folder that is written now for an earlier run's.
     distributed = torch.distributed.is_initialized()
     if distributed:
@@ -134,7 +142,8 @@ def estimation_batches(
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
     drawn = sorted((samples[i] for i in chosen), key=lambda s: -len(s.input_ids))
-    collated = DataLoader(drawn, config.batch_size, collate_fn=Collator(pad_token_id))
+    size = config.init_batch_size or config.batch_size
+    collated = DataLoader(drawn, size, collate_fn=Collator(pad_token_id))
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in collated]
     if torch.distributed.is_initialized():
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

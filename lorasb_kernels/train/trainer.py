@@ -25,6 +25,7 @@ from lorasb_kernels.train.checkpoint import load_state, save_state, seal
 from lorasb_kernels.train.config import FACTOR_OPTIMIZERS, TrainConfig
 from lorasb_kernels.train.errors import DivergedError
 from lorasb_kernels.train.loss import token_losses
+from lorasb_kernels.train.methods import heads
 from lorasb_kernels.utils.files import write_tensors
 
 STAGING = ".checkpoint"
@@ -91,7 +92,8 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(sample.input_ids) for sample in dataset]
+        grouped = self.config.batching != "random"  # samples of one length are not grouped
+        lengths = [len(sample.input_ids) if grouped else 1 for sample in dataset]
         sampler = LengthGroupedSampler(lengths, samples_per_step(self.args), self.args.seed)
         self.add_callback(_EpochOfSampler(sampler))
         return sampler
@@ -110,7 +112,10 @@ class AdapterTrainer(Trainer):
                 self.optimizer = LoRAProAdamW(*split_parameters(model), **options)
             else:
                 self.optimizer = PreconditionedAdamW(*split_parameters(model), **options)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.config.head_learning_rate is not None:
+            give_heads_their_rate(optimizer, self.model, self.config.head_learning_rate)
+        return optimizer
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The tensors that training changes, by name."""
@@ -213,15 +218,36 @@ class _EpochOfSampler(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
+def give_heads_their_rate(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float
+) -> None:
+    """Moves the trained parameters of a model's heads into groups of their own learning rate."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = (base.get_submodule(name) for name in heads(base))
+    of_heads = {id(p) for module in modules for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        chosen = [p for p in group["params"] if id(p) in of_heads]
+        if chosen:
+            group["params"] = [p for p in group["params"] if id(p) not in of_heads]
+            optimizer.add_param_group({**group, "params": chosen, "lr": learning_rate})
+
+
 def samples_per_step(args: TrainingArguments) -> int:
     """Samples of one optimizer step, over all devices and forward passes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def initial_step(config: TrainConfig, args: TrainingArguments, samples: int) -> float:
-    """η of LoRA-SB: as configured, else the schedule's first learning rate above 0."""
+    """η of LoRA-SB: as configured, else by `eta_rule`.
+
+    `first-step` is the schedule's first learning rate above 0. `published` is the public code's
+    learning_rate / (warmup_ratio · steps), which counts a step per batch of the estimation.
+    """
     if config.init_learning_rate is not None:
         return config.init_learning_rate
+    if config.eta_rule == "published":
+        steps = config.epochs * math.ceil(samples / (config.init_batch_size or config.batch_size))
+        return config.learning_rate / (config.warmup_ratio * steps)
     batches = math.ceil(samples / (args.train_batch_size * args.world_size))
     steps = math.ceil(config.epochs * math.ceil(batches / config.accumulation))
     warmup = args.get_warmup_steps(config.max_steps or steps)
