@@ -46,14 +46,14 @@ def row(axes, y: float, names: dict[str, str], operations: tuple[str, str], dept
         operations: labels of the two operations.
         depth: how far below y the first operation reaches.
     """
-    top = y + 1.75
+    top = y + 1.45
     matrix(axes, 0.9, y + 0.85, WIDE, TOKENS, names["in"], ACTIVATION)
     matrix(axes, 3.2, y, THIN, LONG, names["first"], FROZEN)
     matrix(axes, 4.4, y, THIN, TOKENS, names["low"], KEPT if "h" in names["low"] else ACTIVATION)
     matrix(axes, 5.5, y, THIN, THIN, names["core"], TRAINED)
     matrix(axes, 6.45, y, THIN, TOKENS, names["scaled"], ACTIVATION)
     matrix(axes, 8.3, y, LONG, THIN, names["last"], FROZEN)
-    matrix(axes, 8.3, top, LONG, LONG, names["frozen"], FROZEN)
+    matrix(axes, 8.3, top, LONG, 0.85 * LONG, names["frozen"], FROZEN)
     matrix(axes, 11.3, y + 0.85, WIDE, TOKENS, names["out"], ACTIVATION)
     axes.text(9.8, y + 0.85, "+", ha="center", va="center", fontsize=15, color=TEXT)
     arrow(axes, (1.75, y + 1.15), (7.7, top))
@@ -64,7 +64,7 @@ def row(axes, y: float, names: dict[str, str], operations: tuple[str, str], dept
     arrow(axes, (8.9, y + 0.05), (9.65, y + 0.7))
     arrow(axes, (9.95, y + 0.85), (10.4, y + 0.85))
     group(axes, 2.75, 7.15, y - depth, y + 0.75, operations[0])
-    group(axes, 7.45, 10.15, y - 0.95, y + 2.45, operations[1])
+    group(axes, 7.45, 10.15, y - 0.95, y + 2.1, operations[1])
 
 
 def draw(path: Path) -> None:
@@ -75,11 +75,11 @@ def draw(path: Path) -> None:
         "svg.hashsalt": "adapter path",
     }
     with rc_context(style):
-        figure = Figure(figsize=(7.0, 5.54))
+        figure = Figure(figsize=(7.0, 4.91))
         axes = figure.subplots()
         row(
             axes,
-            4.6,
+            4.05,
             {
                 "in": "x  [M, n]",
                 "first": "A",
@@ -107,12 +107,12 @@ def draw(path: Path) -> None:
                 "out": "dx  [M, n]",
             },
             ("core_backward: reads dy once", "expand"),
-            depth=1.5,
+            depth=1.4,
         )
-        axes.add_patch(Rectangle((4.6, -1.1), THIN, THIN, facecolor=TRAINED, edgecolor=EDGE))
-        axes.text(4.95, -1.0, "dR = s·gᵀ h  [r, r]", va="center", fontsize=9, color=TEXT)
-        axes.text(-0.1, 7.35, "forward", fontsize=11, weight="bold", color=TEXT)
-        axes.text(-0.1, 2.95, "backward", fontsize=11, weight="bold", color=TEXT)
+        axes.add_patch(Rectangle((4.6, -1.02), THIN, THIN, facecolor=TRAINED, edgecolor=EDGE))
+        axes.text(4.95, -0.92, "dR = s·gᵀ h  [r, r]", va="center", fontsize=9, color=TEXT)
+        axes.text(-0.1, 6.4, "forward", fontsize=11, weight="bold", color=TEXT)
+        axes.text(-0.1, 2.55, "backward", fontsize=11, weight="bold", color=TEXT)
         legend = (
             (FROZEN, "frozen"),
             (TRAINED, "trained R and its gradient, fp32"),
@@ -120,9 +120,9 @@ def draw(path: Path) -> None:
         )
         for i, (color, label) in enumerate(legend):
             x = (1.6, 3.5, 8.6)[i]
-            axes.add_patch(Rectangle((x, -2.0), 0.3, 0.2, facecolor=color, edgecolor=EDGE))
-            axes.text(x + 0.45, -1.9, label, ha="left", va="center", fontsize=9, color=TEXT)
-        axes.set(xlim=(-0.15, 12.25), ylim=(-2.1, 7.7), aspect="equal")
+            axes.add_patch(Rectangle((x, -1.85), 0.3, 0.2, facecolor=color, edgecolor=EDGE))
+            axes.text(x + 0.45, -1.75, label, ha="left", va="center", fontsize=9, color=TEXT)
+        axes.set(xlim=(-0.15, 12.25), ylim=(-1.95, 6.75), aspect="equal")
         axes.axis("off")
         figure.subplots_adjust(0, 0, 1, 1)
         figure.savefig(path, format="svg", metadata={"Date": None})

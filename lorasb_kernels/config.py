@@ -15,13 +15,13 @@ SPECTRAL_SCALINGS = ("relative", "absolute")
 
 @dataclass(frozen=True)
 class InitFacts:
-    """What is known of an initialization before any model is seen.
+    """The facts about an initialization that do not depend on a model.
 
     Args:
-        has_core: training changes R alone; without a core it changes A and B.
+        has_core: training changes only R; without a core it changes A and B.
         needs_gradients: A and B come from the gradients of samples, so that batches are needed.
         needs_eta: the core is a step of size η, which has to be given.
-        alpha_is_r: its paper's scaling is α/r, with α = r where nothing else is said.
+        alpha_is_r: its paper's scaling is α/r, with α = r by default.
         rebuilt: A and B follow from the frozen weight and the seed, and are not stored.
     """
 
@@ -52,7 +52,7 @@ class LoRASBConfig:
 
     Args:
         r: rank, 1 … 512.
-        target_modules: which linear layers to adapt: `"all-linear"` (every `nn.Linear` but
+        target_modules: which linear layers to adapt: `"all-linear"` (every `nn.Linear` except
             the output head), a tuple of name suffixes, or a regular expression that a
             layer's full name must match.
         init: `"lora-sb"` (truncated SVD of the sign of the first update, arXiv:2411.19557),
@@ -74,8 +74,8 @@ class LoRASBConfig:
             notice a gradient whose elements are scaled by positive numbers: with diagonal AAᵀ and
             BᵀB, as `"lora-xs"` and `"scaled-b"` have, it trains the same with and without.
         orthonormalize: after the initialization, replace A and B by orthonormal factors of the
-            same row and column space (QR) and multiply R by the triangles: the same adapter,
-            whose plain gradient is the optimal one up to s² under any optimizer.
+            same row and column space (QR) and multiply R by the triangular factors: the same
+            adapter, whose plain gradient is the optimal one up to s² under any optimizer.
         modules_to_save: name suffixes of modules trained whole, such as a classification head.
         share_inputs: fuse sibling layers that read the same input (q, k, v; gate, up).
         sigma_side: the factor that carries Σ for `"lora-xs"`, `"B"` or `"A"`.

@@ -1,8 +1,8 @@
 """The operations as formulas in plain PyTorch, written from the mathematics alone: the oracle.
 
-Nothing here comes from `lorasb_kernels.ops.reference`, which is judged by it like every other
-backend. The dropout mask alone is the package's; its bits are held to the published generator
-in tests/ops/test_lorasb_linear.py.
+Nothing here comes from `lorasb_kernels.ops.reference`, which is tested against it like every other
+backend. Only the dropout mask is the package's; tests/ops/test_lorasb_linear.py compares its bits
+with the published generator.
 
 A formula takes what happens wherever a tensor of the working dtype is stored (`rounded`) and
 the operands of its operation. It is evaluated three times on the same operands:

@@ -23,8 +23,8 @@ class AdaptedLinear(nn.Linear):
     weight), and stay so under `half()`, `bfloat16()` and `to(dtype)`; the others are buffers in
     the dtype of the weight. A subclass that does not train R has none: `lora_R` is None.
 
-    Whether the adapter is merged is part of the state: the state dict of a merged layer carries
-    what was merged, and loading one leaves the layer as merged as the saved one was.
+    Whether the adapter is merged is part of the state: the state dict of a merged layer contains
+    what was merged, and loading a state dict also restores whether the layer is merged.
 
     Args:
         in_features: n.
@@ -83,12 +83,12 @@ class AdaptedLinear(nn.Linear):
         self.dropout = dropout
         self.backend = backend
         self.init = init
-        self.init_report: Any = None  # of the layers that `adapt` initialized by an SVD
+        self.init_report: Any = None  # set by `adapt` if an SVD initialized the layer
         self.shared_input: Any = None  # set by `share_inputs`: the siblings computed together
         shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_R": (r, r)}
         for name, shape in shapes.items():
             self._register_factor(name, shape)
-        # What was merged, as plain LoRA; None while nothing is.
+        # What was merged, as plain LoRA; None if nothing is merged.
         self.register_buffer("merged_A", None)
         self.register_buffer("merged_B", None)
         self.register_buffer("original_weight", None, persistent=False)
@@ -169,7 +169,7 @@ class AdaptedLinear(nn.Linear):
         return linear.train(self.training)
 
     def reset_adapter(self, generator: torch.Generator | None = None) -> None:
-        """Draws new factors, with which the layer computes the frozen one.
+        """Draws new factors; with them the layer computes what the frozen layer computes.
 
         Args:
             generator: CPU generator of the draws; the global one when None.
@@ -253,8 +253,8 @@ class AdaptedLinear(nn.Linear):
     def merge(self, safe_merge: bool = False, keep_original: bool = False) -> None:
         """Adds the adapter to the weight in place, in fp32 with one rounding.
 
-        Until `unmerge` the layer computes with that weight: what changes in the factors
-        meanwhile counts only afterwards.
+        Until `unmerge` the layer computes with that weight; changes of the factors before that
+        take effect after `unmerge`.
 
         Args:
             safe_merge: raise, with the weight unchanged, if the sum is not finite.
@@ -320,7 +320,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def check_finite(merged: torch.Tensor, wanted: bool) -> None:
-    """Raises ValueError where `merged` is not finite, if that is to be checked."""
+    """If `wanted`, raises ValueError when `merged` is not finite."""
     if wanted and not merged.isfinite().all():
         raise ValueError("the merged weight is not finite; the adapter seems to be broken")
 

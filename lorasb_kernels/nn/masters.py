@@ -10,8 +10,8 @@ def masters_kept(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """`fn`, the conversion that `nn.Module._apply` is given, with `masters` left in fp32 or more.
 
-    They follow it to another device and to fp64; where it would round them to 16 bits they are
-    taken unrounded to fp32.
+    They follow it to another device and to fp64; if it would round them to 16 bits, they are
+    converted to fp32 without that rounding.
     """
     kept = {id(tensor) for tensor in masters if tensor is not None}
 

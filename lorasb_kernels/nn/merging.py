@@ -2,7 +2,7 @@
 
     W' = round(W + s·B·R·A)     product and sum in fp32 (fp64 with fp64 factors), one rounding
 
-Without R for LoRA.
+For LoRA without R.
 """
 
 import torch

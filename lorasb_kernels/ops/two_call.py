@@ -1,10 +1,10 @@
-"""The frozen product and the expansion as two library GEMMs, in the order that moves less.
+"""The frozen product and the expansion as two library GEMMs, in the order that moves less data.
 
     y = p Bᵀ + bias, then y += x Wᵀ       the delta first
     y = x Wᵀ + bias, then y += p Bᵀ       the frozen product first
 
-The GEMM over the rank is memory bound: it writes y [M, N], and when it comes second it reads y,
-too. The frozen GEMM is compute bound and reads y in its epilogue, behind its tensor-core work. So
+The GEMM over the rank is memory bound: it writes y [M, N], and if it comes second it also reads
+y. The frozen GEMM is compute bound and reads y in its epilogue, behind its tensor-core work. So
 the delta goes first, and in 16 bits y is rounded while it is small: half the error at
 |delta| = |y| / 100. With a long contraction the epilogue's read costs the frozen GEMM about as
 much as the traffic it saves: 4·M·N bytes are under 3 % of the product's time on an H100

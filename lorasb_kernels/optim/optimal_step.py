@@ -2,8 +2,8 @@
 
     R ← R + (1/s²)·(BᵀB)⁻¹ ΔR (AAᵀ)⁻¹        ΔR: the step that the optimizer took
 
-(arXiv:2411.19557). For gradient descent both are the same. Adam divides by the size of the
-gradients it has seen, so that a rescaled gradient gives the same step; a rescaled step is another.
+(arXiv:2411.19557). For gradient descent both are the same. Adam divides by the size of past
+gradients, so a rescaled gradient gives the same step, but a rescaled step does not.
 """
 
 import torch
@@ -18,10 +18,10 @@ def correct_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> list:
 
     Args:
         optimizer: any optimizer of torch that holds the cores.
-        model: an adapted model without `optimal_gradient`. A, B and s must stay as they are.
+        model: an adapted model without `optimal_gradient`. A, B and s must not change.
 
     Returns:
-        handles of the two hooks; `remove()` on each takes the correction off again.
+        handles of the two hooks; `remove()` on each removes the correction.
 
     Raises:
         ValueError: the model has no core, or corrects its gradients already.

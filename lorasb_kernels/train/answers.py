@@ -23,7 +23,7 @@ def until(text: str, stops: Sequence[str]) -> str:
 
 def final_number(text: str) -> Fraction | None:
     """The first number after the last "The answer is:", else after the last "####", else the
-    last number of the text; None without one.
+    last number of the text; None if there is none.
 
     Thousands separators, decimals and fractions are understood, so `1,200.0` equals `1200`.
     """
@@ -39,8 +39,8 @@ def final_number(text: str) -> Fraction | None:
 
 
 def final_latex(text: str) -> str | None:
-    r"""What follows the last "The answer is:" on its line, else what stands in the last
-    `\boxed{…}`; None without either."""
+    r"""The text after the last "The answer is:" on its line, else the content of the last
+    `\boxed{…}`; None if there is neither."""
     if STATED not in text:
         return last_boxed(text)
     stated = text.rpartition(STATED)[2].strip().split("\n")[0].strip().removesuffix(".").strip()
@@ -48,9 +48,9 @@ def final_latex(text: str) -> str | None:
 
 
 def chosen(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that a text names first, whatever its case; None where it names none.
+    """The choice that a text names first, ignoring case; None if it names none.
 
-    Of two choices of which one begins with the other, the longer one counts.
+    If one choice begins with another, the longer one is taken.
     """
     longest_first = sorted(choices, key=len, reverse=True)
     pattern = "|".join(map(re.escape, (choice.lower() for choice in longest_first)))

@@ -30,7 +30,7 @@ class Encoder:
         system_prompt: for the chat template; None: the template's own.
         template: how the model is asked; None: by the tokenizer's chat template, or plainly
             where it has none.
-        response_prefix: the first words of an answer, given to the model when it is judged;
+        response_prefix: the first words of an answer, given to the model in an evaluation;
             None: the template's.
         stop: texts at which a generated answer ends; None: the template's.
     """

@@ -1,15 +1,15 @@
 r"""Whether two answers in LaTeX mean the same, as the MATH paper judges (arXiv:2103.03874).
 
-Both are brought into one spelling and compared: fractions and roots with their braces, no
-spaces, no `\left` and `\right`, no units, degrees, dollars or percent signs. Beyond the paper's
-rules, what is a number in both is compared as a number (`0.25` and `\frac14`, `1,000` and
+Both are normalized and compared: fractions and roots with their braces, no
+spaces, no `\left` and `\right`, no units, degrees, dollars or percent signs. In addition to the
+paper's rules, numbers are compared as numbers (`0.25` and `\frac14`, `1,000` and
 `1000`), tuples and lists member by member, and words with or without `\text{…}`.
 """
 
 import re
 from fractions import Fraction
 
-# In this order: what comes later expects what comes before to be gone.
+# The order matters: later rules expect that earlier ones have been applied.
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -39,7 +39,7 @@ _DIGITS = 40  # beyond them, numbers are compared as texts
 
 
 def normalized(answer: str) -> str:
-    """`answer` in the spelling in which answers are compared."""
+    """`answer`, normalized for comparison."""
     for pattern, replacement in _RULES:
         answer = pattern.sub(replacement, answer)
     return answer.removesuffix(".")
@@ -77,7 +77,7 @@ def equivalent(first: str, second: str) -> bool:
 def _members(answer: str) -> list[str]:
     """Brackets and members of a tuple, interval or list; empty for anything else.
 
-    The brackets are members, too, so that an open interval is no closed one.
+    The brackets are included, so that an open interval differs from a closed one.
     """
     enclosed = answer.startswith(("(", "[")) and answer.endswith((")", "]"))
     inner = answer[1:-1] if enclosed else answer
@@ -94,9 +94,9 @@ def _members(answer: str) -> list[str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}` or `\fbox{…}` of a text; None without one.
+    r"""The content of the last `\boxed{…}` or `\fbox{…}` of a text; None if there is none.
 
-    `\boxed 5` is read, too.
+    `\boxed 5` is also read.
     """
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:

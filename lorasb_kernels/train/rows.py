@@ -1,4 +1,4 @@
-"""Rows as they lie in files or on the hub: JSON lines, a JSON array, CSV, Parquet."""
+"""Rows as they are stored in files or on the hub: JSON lines, a JSON array, CSV, Parquet."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from lorasb_kernels.train.errors import DataError, shown
 
 MAX_LINE = 1 << 24  # characters; bounds the memory that a file without line ends takes
-MAX_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
+MAX_ARRAY = 1 << 30  # bytes of a JSON array, which is read as a whole
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB = re.compile(r"hub:([^:]+)(?::([^:\[\]]+))?:([^:\[\]]+(?:\[.*\])?)")
 
@@ -156,7 +156,7 @@ def _hub(source: str) -> list[NumberedRow]:
     name, configuration, split = parts.groups()
     try:
         loaded = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # datasets, its hub client and its parsers raise what they like
+    except Exception as error:  # datasets, its hub client and its parsers raise many kinds
         raise DataError(f"data is {source!r}: {error}") from error
     return list(enumerate(loaded, 1))
 

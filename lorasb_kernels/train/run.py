@@ -79,7 +79,7 @@ def read_training(config: TrainConfig) -> Rows:
 
 
 def read_held_out(config: TrainConfig, source: str) -> Rows:
-    """The rows of a source to judge by, in whichever form of the task they are."""
+    """The evaluation rows of a source, in any form of the task."""
     return _read(config, source, None, None)
 
 

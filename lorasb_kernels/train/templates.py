@@ -1,7 +1,7 @@
-"""Prompts by name: those of the papers' public code to the byte, and our own.
+"""Prompts by name: those of the papers' public code, byte for byte, and this library's own.
 
-Where a public code asks with another prompt when it judges than when it trains, so does the
-template; an indentation that looks like an accident is theirs.
+If a public code uses different prompts for training and evaluation, so does the template; an
+indentation that looks like an accident is in the public code.
 """
 
 import textwrap
@@ -20,7 +20,7 @@ _SECTIONS_WITH_INPUT = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text before a response, without and with an input of its own.
+    """The text before a response, without and with a separate input.
 
     Args:
         plain: holds `{instruction}`.
@@ -40,13 +40,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    """How a model is asked.
+    """How a model is prompted.
 
     Args:
         training: prompt of a training sample, which the response follows directly.
         judging: prompt of an evaluation.
         response_start: stands before every response in training.
-        response_prefix: the first words of the answer, given to the model when it is judged.
+        response_prefix: the first words of the answer, given to the model in an evaluation.
         stop: texts at which a generated answer ends.
     """
 
@@ -58,7 +58,7 @@ class Template:
 
 
 def instruction_text(example: Example) -> str:
-    """The instruction, with the input on a new line where there is one."""
+    """The instruction, with the input on a new line if there is one."""
     return f"{example.instruction}\n{example.input}" if example.input else example.instruction
 
 
@@ -91,7 +91,7 @@ PLAIN = Template(  # for tokenizers without a chat template
 TEMPLATES = {
     # Arithmetic reasoning of LoRA-SB and LoRA-XS.
     "alpaca": Template(_ALPACA, _ALPACA, response_prefix=" Let's think step by step.", stop=STOP),
-    # Commonsense reasoning: LoRA-SB trains with twelve spaces and is judged without.
+    # Commonsense reasoning: LoRA-SB trains with twelve spaces and is evaluated without.
     "commonsense-lora-sb": Template(_commonsense("", "", 12), _FLAT, stop=STOP),
     # LoRA-XS ends the first line with one or two spaces and indents by sixteen, always.
     "commonsense-lora-xs": Template(
