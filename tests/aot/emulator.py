@@ -52,9 +52,8 @@ class EmulatedKernel:
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
-            from ptxcheck.triton_front import TritonKernel
-
             from bench.kernel_resources.report import compile_kernel
+            from ptxcheck.triton_front import TritonKernel
 
             values = dict(zip(self.arg_names, arguments, strict=False))
             types = {name: _type_of(value) for name, value in values.items()}
