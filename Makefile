@@ -39,6 +39,7 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tools/ptxcheck
 
 $(VENV)/full.stamp: $(VENV)/test.stamp
 	LORASB_SKIP_CUDA=1 $(PIP) install -c constraints.txt --no-build-isolation -e ".[full]"
@@ -46,6 +47,7 @@ $(VENV)/full.stamp: $(VENV)/test.stamp
 
 test-full: $(VENV)/full.stamp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tools/ptxcheck
 
 numerics: $(VENV)/test.stamp
 	$(PY) -m tests.trust.report

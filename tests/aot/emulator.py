@@ -1,4 +1,4 @@
-"""Runs the Triton launchers on CPU tensors with the PTX that they compile to for sm_86.
+"""Runs the Triton launchers on CPU tensors with the PTX that they compile to.
 
 `ptxcheck` executes PTX on the CPU and reports what a GPU does not: accesses out of bounds,
 shared-memory races, reads of memory that nobody wrote. The launchers run as they are; only
@@ -7,13 +7,12 @@ the kernel objects are replaced, and the device they believe to be on.
 
 import contextlib
 import math
-import os
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.kernel_resources.report import compile_kernel
 from lorasb_kernels.ops.triton import (
     core_backward,
     expand,
@@ -24,8 +23,8 @@ from lorasb_kernels.ops.triton import (
     sign_matmul,
     weight_gradient,
 )
+from ptxcheck import TritonKernel, load
 
-ARCH = "sm_86"
 CHECKS = {"check_races": True, "check_uninit": True, "check_overlap": True}
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -36,30 +35,23 @@ _TYPES = {
 }
 
 
-def ptxcheck_folder() -> Path | None:
-    """Where `ptxcheck` is: `PTXCHECK_PATH`, or beside the checkout; None if nowhere."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "tools" / "ptxcheck"
-    folder = Path(os.environ.get("PTXCHECK_PATH", beside))
-    return folder if (folder / "ptxcheck").is_dir() else None
-
-
 class EmulatedKernel:
     """Stands in for a jitted kernel: `kernel[grid](...)` compiles, then runs in the emulator."""
 
-    def __init__(self, function, log: list, options: dict):
-        self.function, self.log, self.options = function, log, options
+    def __init__(self, function, arch: str, plant: Callable[[str], str] | None, log: list, options):
+        self.function, self.arch, self.plant = function, arch, plant
+        self.log, self.options = log, options
         self.arg_names = function.arg_names
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
-            from bench.kernel_resources.report import compile_kernel
-            from ptxcheck.triton_front import TritonKernel
-
             values = dict(zip(self.arg_names, arguments, strict=False))
             types = {name: _type_of(value) for name, value in values.items()}
-            compiled = compile_kernel(self.function, types, constants, ARCH)
-            runtime = [part for value in values.values() for part in _runtime_parts(value)]
+            compiled = compile_kernel(self.function, types, constants, self.arch)
+            runtime = [value for value in values.values() if _is_passed(value)]
             kernel = TritonKernel(compiled, [None] * len(runtime), {})
+            if self.plant is not None:
+                kernel.module = load(self.plant(kernel.ptx))
             self.log.append(kernel(grid, *runtime, **self.options))
 
         return launch
@@ -72,26 +64,26 @@ def _type_of(value):
     return _TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
 
 
-def _runtime_parts(value) -> list:
-    """What a launch passes for an argument: nothing for a constant.
-
-    Below sm_90 Triton turns a descriptor into base, shape, strides and how to load, then the
-    shape and the strides of the descriptor itself.
-    """
-    if isinstance(value, TensorDescriptor):
-        place = [*value.shape, *value.strides]
-        return [value.base, *place, value.padding == "nan", value.round_f32_to_tf32, *place]
-    if value is None or (not isinstance(value, torch.Tensor) and value == 1):
-        return []
-    return [value]
+def _is_passed(value) -> bool:
+    """Whether a launch passes the argument: Triton makes constants of None and 1."""
+    if isinstance(value, (torch.Tensor, TensorDescriptor)):
+        return True
+    return value is not None and value != 1
 
 
 @contextlib.contextmanager
-def emulated(multiprocessors: int = 8, **options):
-    """Within, Triton's launchers run emulated sm_86 code; yields the launches' statistics.
+def emulated(
+    arch: str = "sm_86",
+    multiprocessors: int = 8,
+    plant: Callable[[str], str] | None = None,
+    **options,
+):
+    """Within, Triton's launchers run emulated code; yields the launches' statistics.
 
     Args:
+        arch: which GPU the launchers believe to be on, and the kernels are compiled for.
         multiprocessors: of the device, which decides how far columns are split.
+        plant: a change of each kernel's PTX before it runs.
         options: of the emulator, over the defaults of checking everything.
     """
     log: list = []
@@ -108,10 +100,11 @@ def emulated(multiprocessors: int = 8, **options):
     }
     with contextlib.ExitStack() as stack:
         for module, name in kernels.items():
-            _replace(stack, module, name, EmulatedKernel(getattr(module, name), log, options))
+            kernel = EmulatedKernel(getattr(module, name), arch, plant, log, options)
+            _replace(stack, module, name, kernel)
         for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
-            _replace(stack, module, "architecture", lambda device: ARCH)
-        _replace(stack, factor_gradient, "architecture", lambda device: ARCH)
+            _replace(stack, module, "architecture", lambda device: arch)
+        _replace(stack, factor_gradient, "architecture", lambda device: arch)
         _replace(stack, factor_gradient, "multiprocessors", lambda device: multiprocessors)
         _replace(stack, projection, "multiprocessors", lambda device: multiprocessors)
         _replace(stack, sign_matmul, "multiprocessors", lambda device: multiprocessors)
@@ -134,8 +127,3 @@ def write_bytes(log: list) -> int:
 def close(measured: float, expected: float) -> bool:
     """Within 5 %, the tolerance of the byte budgets."""
     return math.isclose(measured, expected, rel_tol=0.05)
-
-
-folder = ptxcheck_folder()
-if folder is not None:
-    sys.path.insert(0, str(folder))

@@ -1,7 +1,6 @@
-"""The checks on emulated PTX; each is run by `test_ptx.py` in a process without interpreter."""
+"""The checks on emulated PTX; run by `run_checks.py` in a process without interpreter."""
 
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -24,7 +23,7 @@ from lorasb_kernels.ops.triton.tiles import (
     row_splits,
 )
 from tests import formulas
-from tests.aot.emulator import ARCH, close, emulated, read_bytes, write_bytes
+from tests.aot.emulator import close, emulated, read_bytes, write_bytes
 from tests.contract import assert_within_contract
 from tests.ops.operands import (
     as_tuple,
@@ -62,22 +61,22 @@ def shrink_arguments(M, n, r, dropout=0.0):
     return x, lora_A, core_of(r), SCALING, dropout, seed
 
 
-def check_shrink():
+def check_shrink(arch):
     """One block per row tile; odd sizes, scalar loads, dropout; a small n and a rank of 200."""
     for M, n, r, dropout in (
-        (75, 200, 96, 0.0),
+        (75, 208, 96, 0.0),
         (3, 37, 3, 0.0),
         (70, 144, 24, 0.3),
         (20, 72, 200, 0.0),
     ):
         arguments = shrink_arguments(M, n, r, dropout)
-        with emulated(multiprocessors=1):
+        with emulated(arch, multiprocessors=1):
             compare("shrink", shrink(*arguments), *arguments)
 
 
-def check_split_shrink():
+def check_split_shrink(arch):
     """The last block to arrive finishes: the same bits under any order of blocks."""
-    arguments = shrink_arguments(75, 900, 96)
+    arguments = shrink_arguments(75, 912, 96)
     outputs = []
     for options in (
         {},
@@ -86,7 +85,7 @@ def check_split_shrink():
         {"schedule_seed": 3},
         {"cp_async": "early"},
     ):
-        with emulated(multiprocessors=8, **options) as log:
+        with emulated(arch, multiprocessors=8, **options) as log:
             outputs.append(shrink(*arguments))
         assert sum(stats.atomic_ops for stats in log) == 8, "two row tiles, four blocks each"
     compare("shrink", outputs[0], *arguments)
@@ -94,49 +93,49 @@ def check_split_shrink():
         assert all(map(same_bits, outputs[0], other))
 
 
-def check_shrink_mask():
+def check_shrink_mask(arch):
     """The mask is exactly that of the seed."""
     M, n = 40, 64
     seed = dropout_seed(CPU)
     identity = torch.eye(n, dtype=BF16)
-    with emulated():
+    with emulated(arch):
         h, _ = shrink(torch.ones(M, n, dtype=BF16), identity, torch.eye(n), 1.0, 0.4, seed)
     assert torch.equal(h != 0, keep_mask(M, n, 0.4, seed))
 
 
-def check_shrink_strides():
+def check_shrink_strides(arch):
     """Row offsets beyond 2³¹ elements, transposed A and R, every other row."""
     stride, n, r = 2**30 + 8, 40, 8
     memory = torch.from_numpy(np.zeros(2 * stride + n, dtype=np.int16)).view(BF16)
     x, lora_A, core, *rest = shrink_arguments(3, n, r)
     far = memory.as_strided((3, n), (stride, 1))
     far.copy_(x)
-    with emulated():
+    with emulated(arch):
         near = shrink(x, lora_A, core, *rest)
         assert all(map(same_bits, shrink(far, lora_A, core, *rest), near))
     x, lora_A, core, *rest = shrink_arguments(60, 100, 25)
     arguments = (x[::2, 7:], lora_A[:, 7:].T.contiguous().T, core.T, *rest)
-    with emulated():
+    with emulated(arch):
         compare("shrink", shrink(*arguments), *arguments)
 
 
-def check_core_backward():
+def check_core_backward(arch):
     """q and dR; dR in one part and in several, the same bits under any order of blocks."""
-    M, m, r = 150, 200, 96
+    M, m, r = 150, 208, 96
     arguments = (bf16(M, m), bf16(M, r, seed=1), bf16(m, r, seed=2), core_of(r), SCALING)
     outputs = []
     for options in ({}, {"schedule_seed": 1}, {"cp_async": "early"}):
-        with emulated(**options):
+        with emulated(arch, **options):
             outputs.append(core_backward(*arguments))
     compare("core_backward", outputs[0], *arguments)
     for other in outputs[1:]:
         assert all(map(same_bits, outputs[0], other))
 
     g, h = bf16(1600, 40), bf16(1600, 40, seed=1)
-    assert row_splits(1600, gradient_tile(ARCH, BF16))[0] > 2, "two parts add up in any order"
+    assert row_splits(1600, gradient_tile(arch, BF16))[0] > 2, "two parts add up in any order"
     sums = []
     for options in ({}, {"schedule_seed": 1}, {"schedule_seed": 2}):
-        with emulated(**options):
+        with emulated(arch, **options):
             sums.append(rank_gradient(g, h, SCALING))
     exact = SCALING * g.double().T @ h.double()
     assert_within_contract(sums[0], SCALING * g.float().T @ h.float(), exact)
@@ -144,47 +143,47 @@ def check_core_backward():
     assert same_bits(sums[0], sums[2])
 
 
-def check_factor_gradient():
+def check_factor_gradient(arch):
     """One block per column tile and several, odd sizes, dropout; the bytes."""
-    for M, k, r, dropout in ((75, 200, 96, 0.0), (70, 72, 24, 0.3)):
+    for M, k, r, dropout in ((75, 208, 96, 0.0), (70, 72, 24, 0.3)):
         seed = dropout_seed(CPU) if dropout else None
         arguments = (bf16(M, r, seed=1), bf16(M, k), dropout, seed)
-        with emulated(multiprocessors=1):
+        with emulated(arch, multiprocessors=1):
             compare("factor_gradient", factor_gradient(*arguments), *arguments)
 
     M, k, r = 800, 40, 24
-    assert factor_splits(1, M, r, factor_tile(ARCH, BF16, r, False), 8)[0] == 2
+    assert factor_splits(1, M, r, factor_tile(arch, BF16, r, False), 8)[0] == 2
     arguments = (bf16(M, r, seed=1), bf16(M, k), 0.0, None)
     outputs = []
     for options in ({}, {"schedule_seed": 1, "cp_async": "early"}):
-        with emulated(**options):
+        with emulated(arch, **options):
             outputs.append(factor_gradient(*arguments))
     compare("factor_gradient", outputs[0], *arguments)
     assert same_bits(outputs[0], outputs[1])
 
     M, k, r = 128, 256, 64
-    tile = factor_tile(ARCH, BF16, r, False)
-    with emulated(multiprocessors=1) as log:
+    tile = factor_tile(arch, BF16, r, False)
+    with emulated(arch, multiprocessors=1) as log:
         factor_gradient(bf16(M, r, seed=1), bf16(M, k), 0.0, None)
     assert close(read_bytes(log), 2 * M * k + 2 * M * r * (k // tile.BLOCK_N)), "rows once"
     assert write_bytes(log) == 4 * r * k
 
 
-def check_factor_gradient_strides():
+def check_factor_gradient_strides(arch):
     """Row offsets beyond 2³¹ elements; every other row of a wider matrix; a rank of 200."""
     stride, k, r = 2**30 + 8, 40, 8
     memory = torch.from_numpy(np.zeros(2 * stride + k, dtype=np.int16)).view(BF16)
     left, rows = bf16(3, r, seed=1), bf16(3, k)
     far = memory.as_strided((3, k), (stride, 1))
     far.copy_(rows)
-    with emulated():
+    with emulated(arch):
         near = factor_gradient(left, rows, 0.0, None)
         assert same_bits(factor_gradient(left, far, 0.0, None), near)
     for arguments in (
         (bf16(20, 40, seed=1)[::2, 15:], bf16(20, 50)[::2, 7:], 0.0, None),
         (bf16(20, 200, seed=1), bf16(20, 40), 0.0, None),
     ):
-        with emulated():
+        with emulated(arch):
             compare("factor_gradient", factor_gradient(*arguments), *arguments)
 
 
@@ -197,50 +196,75 @@ def expand_arguments(M, N, K, r, transposed, dropout):
     return bf16(M, K), weight, bf16(M, r, seed=2), factor, bias, dropout, seed
 
 
-def check_expand():
+def check_expand(arch):
     """Forward and dx, even and odd, with and without the mask; both routes."""
     for M, N, K, r, transposed, dropout in (
-        (150, 136, 200, 96, False, 0.0),
+        (150, 144, 208, 96, False, 0.0),
         (33, 37, 35, 25, False, 0.0),
-        (150, 136, 200, 96, True, 0.0),
+        (150, 144, 208, 96, True, 0.0),
         (70, 136, 72, 24, True, 0.3),
     ):
         arguments = expand_arguments(M, N, K, r, transposed, dropout)
-        tile = expand_tile(ARCH, BF16, dropout > 0)
-        with emulated():
+        tile = expand_tile(arch, BF16, dropout > 0)
+        with emulated(arch) as log:
             y = fused_expand(*arguments, tile)
-            compare("expand", y, *arguments)
+        compare("expand", y, *arguments)
+        in_flight = log[0].count("cp.async.c") > 0
+        assert in_flight == (K % 16 == 0), "rows of 16 elements are copied asynchronously"
+        with emulated(arch):
             compare("expand", two_call_expand(*arguments, tile), *arguments)
-        with emulated(schedule_seed=1, cp_async="early"):
+        with emulated(arch, schedule_seed=1, cp_async="early"):
             assert same_bits(y, fused_expand(*arguments, tile))
 
 
-def check_expand_descriptor():
-    """The kernel of sm_90, whose descriptors Triton turns into pointers for sm_86."""
+def check_expand_descriptor(arch):
+    """By tensor maps on sm_90, which Triton turns into pointers for sm_86; three orientations."""
     tile = ExpandTile(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
-    for M, N, K, r, transposed, dropout in (
-        (75, 136, 200, 40, False, 0.0),
-        (70, 136, 72, 24, True, 0.3),
-    ):
-        arguments = expand_arguments(M, N, K, r, transposed, dropout)
-        with emulated() as log:
-            compare("expand", descriptor_expand(*arguments, tile), *arguments)
-        assert write_bytes(log) == 2 * M * N
+    forward = expand_arguments(75, 136, 200, 40, False, 0.0)
+    dx = expand_arguments(70, 136, 72, 24, True, 0.3)
+    x, weight, p, factor, *rest = dx
+    for arguments in (forward, dx, (x, weight, p, factor.contiguous(), *rest)):
+        with emulated(arch) as log:
+            y = descriptor_expand(*arguments, tile)
+        compare("expand", y, *arguments)
+        assert write_bytes(log) == y.nbytes
+        assert (log[0].count("cp.async.bulk.tensor") > 0) == (arch == "sm_90")
+        for options in ({"schedule_seed": 1}, {"schedule_seed": 2}, {"cp_async": "early"}):
+            with emulated(arch, **options):
+                assert same_bits(y, descriptor_expand(*arguments, tile))
 
 
-def check_single_precision():
+def check_fp16(arch):
+    """The tensor cores' other 16-bit type, in every product."""
+    M, n, r = 75, 208, 32
+    x, lora_A, core, *rest = shrink_arguments(M, n, r)
+    arguments = (x.half(), lora_A.half(), core, *rest)
+    with emulated(arch):
+        compare("shrink", shrink(*arguments), *arguments)
+    h, lora_B = bf16(M, r, seed=1).half(), bf16(n, r, seed=2).half()
+    arguments = (x.half(), h, lora_B, core, SCALING)
+    with emulated(arch):
+        compare("core_backward", core_backward(*arguments), *arguments)
+    arguments = expand_arguments(M, 144, n, r, True, 0.3)
+    arguments = tuple(t.half() if getattr(t, "dtype", None) is BF16 else t for t in arguments)
+    tile = expand_tile(arch, torch.float16, True)
+    with emulated(arch):
+        compare("expand", fused_expand(*arguments, tile), *arguments)
+
+
+def check_single_precision(arch):
     """fp32 operands as three tf32 products keep the contract; one product would not."""
     M, n, r = 40, 136, 16
     x, weight, factor = (
         normal(*shape, dtype=torch.float32, device=CPU, seed=seed)
         for seed, shape in enumerate([(M, n), (72, n), (n, r)])
     )
-    p, tile = x[:, :r].contiguous(), expand_tile(ARCH, torch.float32, False)
+    p, tile = x[:, :r].contiguous(), expand_tile(arch, torch.float32, False)
     for name, function, arguments in (
         ("expand", partial(fused_expand, tile=tile), (x, weight, p, factor[:72], None, 0.0, None)),
         ("core_backward", core_backward, (x, p, factor, core_of(r), SCALING)),
     ):
-        with emulated():
+        with emulated(arch):
             outputs = as_tuple(function(*arguments))
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             coarse = as_tuple(function(*arguments))
@@ -253,12 +277,12 @@ def check_single_precision():
                 assert_single_precision(one_product, ref, magnitude, longest(arguments))
 
 
-def check_bytes():
+def check_bytes(arch):
     """Requested global bytes: x, dy once, h, p, q, g, y written once; A, B, W once per tile."""
     M, n, r = 256, 512, 96
-    row_tiles = M // projection_tile(ARCH, BF16, r).BLOCK_M
+    row_tiles = M // projection_tile(arch, BF16, r).BLOCK_M
     x, lora_A, core, *rest = shrink_arguments(M, n, r)
-    with emulated(multiprocessors=1) as log:
+    with emulated(arch, multiprocessors=1) as log:
         shrink(x, lora_A, core, *rest)
     small = row_tiles * 2 * n * r + row_tiles * 4 * r * r
     assert close(read_bytes(log), 2 * M * n + small)
@@ -266,7 +290,7 @@ def check_bytes():
     assert write_bytes(log) == 2 * 2 * M * r
 
     h, lora_B = bf16(M, r), bf16(n, r)
-    with emulated(multiprocessors=1) as log:
+    with emulated(arch, multiprocessors=1) as log:
         core_backward(x, h, lora_B, core, SCALING)
     project, gradient = log
     assert close(project.global_read_bytes - small, 2 * M * n), "dy is read once"
@@ -275,15 +299,10 @@ def check_bytes():
     assert gradient.global_write_bytes == 4 * r * r
 
     N = 256
-    tile = expand_tile(ARCH, BF16, False)
+    tile = expand_tile(arch, BF16, False)
     arguments = expand_arguments(M, N, n, r, False, 0.0)
-    with emulated() as log:
+    with emulated(arch) as log:
         fused_expand(*arguments, tile)
     reads = 2 * (n + r) * (M * (N // tile.BLOCK_N) + N * (M // tile.BLOCK_M))
     assert close(read_bytes(log), reads)
     assert write_bytes(log) == 2 * M * N
-
-
-if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
-    globals()[f"check_{sys.argv[1]}"]()

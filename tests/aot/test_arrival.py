@@ -4,18 +4,13 @@ A missing barrier may not change any result in an emulator or an interpreter, an
 occasionally; so its place in the compiled code is asserted.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.triton.parts import arrives_last
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.aot.process import run_compiling
 
 
 @triton.jit
@@ -36,16 +31,7 @@ def steps(ptx: str) -> str:
 
 
 def test_a_barrier_stands_between_the_stores_and_the_count():
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.aot.test_arrival"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
-    orders = completed.stdout.split()
+    orders = run_compiling("tests.aot.test_arrival").split()
     assert len(orders) == 4
     for order in orders:
         assert re.search("SB+A", order), order

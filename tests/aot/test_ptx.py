@@ -1,42 +1,44 @@
-"""The PTX compiled for sm_86, in bf16, executed on the CPU: values, races, bytes."""
+"""The PTX compiled for sm_86 and sm_90, executed on the CPU: values, races, bytes, faults.
 
-import os
-import subprocess
-import sys
+The default run shares a process between the checks of an architecture.
+"""
+
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.aot.emulator import ptxcheck_folder
+from tests.aot.process import run_compiling
 
-ROOT = Path(__file__).resolve().parents[2]
-CHECKS = [
-    "shrink",
-    "split_shrink",
-    "shrink_mask",
-    "shrink_strides",
-    "core_backward",
-    "factor_gradient",
-    pytest.param("factor_gradient_strides", marks=pytest.mark.slow),
-    "expand",
-    "expand_descriptor",
-    "single_precision",
-    "bytes",
-]
+FOLDER = Path(__file__).parent
+CHECKS = {
+    name
+    for path in FOLDER.glob("*_checks.py")
+    for name in re.findall(r"^def check_(\w+)\(arch\)", path.read_text(), re.MULTILINE)
+}
+DEFAULT = {
+    "sm_86": (
+        *("shrink", "core_backward", "factor_gradient", "expand", "single_precision", "bytes"),
+        *("sign_gradient", "pack_signs", "sign_matmul", "faults"),
+    ),
+    "sm_90": (
+        *("split_shrink", "core_backward", "expand", "expand_descriptor", "sign_gradient"),
+        "faults",
+    ),
+}
+SLOW = [(arch, check) for arch in DEFAULT for check in sorted(CHECKS - {*DEFAULT[arch]})]
 
 
-@pytest.mark.skipif(
-    ptxcheck_folder() is None, reason="ptxcheck is not here; PTXCHECK_PATH names its folder"
-)
-@pytest.mark.parametrize("check", CHECKS)
-def test_emulated(check):
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.aot.ptx_checks", check],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
+def run_checks(arch: str, *checks: str) -> None:
+    run_compiling("tests.aot.run_checks", arch, *checks)
+
+
+@pytest.mark.parametrize("arch", DEFAULT)
+def test_executed(arch):
+    run_checks(arch, *DEFAULT[arch])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "check"), SLOW)
+def test_executed_at_length(arch, check):
+    run_checks(arch, check)

@@ -5,33 +5,19 @@ at a time. The default run takes every tile of sm_86 in bf16 and one rank of the
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lorasb_kernels.ops.triton.tiles import ARCHITECTURES
+from tests.aot.process import run_compiling
 
 KERNELS = ("projection", "gradient", "expand", "factor_gradient")
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 
 
 def reports(*arguments: str) -> list[dict]:
-    """Compiles in a separate process: this one may have the interpreter's kernels."""
-    completed = subprocess.run(
-        [sys.executable, "-m", "bench.kernel_resources.report", "--json", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
-    return json.loads(completed.stdout)
+    return json.loads(run_compiling("bench.kernel_resources.report", "--json", *arguments))
 
 
 def rank_of(report: dict) -> int:

@@ -16,9 +16,6 @@ def toolkit():
 
 @pytest.fixture(scope="session")
 def loaded_simulator(toolkit):
-    reason = simulation.ptxcheck_obstacle()
-    if reason:
-        pytest.skip(reason)
     return simulation.Simulator()
 
 

@@ -12,16 +12,16 @@ import ctypes
 import fcntl
 import functools
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+import ptxcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simulator"
@@ -37,17 +37,6 @@ WRAPPED = (
 _spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
 build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
-
-
-def ptxcheck_obstacle() -> str | None:
-    """Why kernels cannot be executed here; None when they can. Finds `ptxcheck`."""
-    beside = ROOT.parent / "shared" / "tools" / "ptxcheck"
-    path = os.environ.get("PTXCHECK_PATH") or (beside if beside.exists() else None)
-    if path and str(path) not in sys.path:
-        sys.path.append(str(path))
-    if importlib.util.find_spec("ptxcheck") is None:
-        return "ptxcheck, which executes PTX, was not found (set PTXCHECK_PATH)"
-    return None
 
 
 def objects() -> list[Path]:
@@ -112,8 +101,6 @@ class Simulator:
     """The loaded extension."""
 
     def __init__(self):
-        import ptxcheck
-
         library = simulated_library()
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
@@ -189,10 +176,7 @@ class Simulator:
                 merged.append([start, end])
         for start, end in merged:
             data = np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
-            memory.next = start
-            memory.add(f"tensor at {start:#x}", data, owner=self)
-        memory.buffers.sort(key=lambda buffer: buffer.addr)
-        memory.starts = [buffer.addr for buffer in memory.buffers]
+            memory.map_at(start, data, f"tensor at {start:#x}")
 
 
 __all__ = [
@@ -201,7 +185,6 @@ __all__ = [
     "Simulator",
     "build",
     "objects",
-    "ptxcheck_obstacle",
     "simulated_library",
     "torch_include",
 ]

@@ -20,7 +20,6 @@ import triton
 
 from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.utils.files import write_text
-from tests.aot.emulator import ptxcheck_folder
 from tests.trust.operators import OPERATORS, SINGLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,8 +86,7 @@ def runs() -> Iterator[Run]:
         return
     yield Run("reference", "reference", DTYPES, 1)
     yield Run("triton, interpreted", "triton", DTYPES[:2], 0.4)
-    if ptxcheck_folder() is not None:
-        yield Run("triton, emulated", "triton", ("float32", "bfloat16"), 0.1, ("--emulated",))
+    yield Run("triton, emulated", "triton", ("float32", "bfloat16"), 0.1, ("--emulated",))
 
 
 def worst(run: Run, dtype: str, cases: int) -> Iterator[dict]:

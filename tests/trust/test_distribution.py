@@ -43,7 +43,12 @@ def built(tmp_path_factory) -> tuple[set[str], set[str], Path]:
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         shutil.copy(ROOT / name, folder)
-    for name in ("lorasb_kernels", "csrc", "tests"):  # tests: to see that they stay out
+    for name in (
+        "lorasb_kernels",
+        "csrc",
+        "tests",
+        "tools",
+    ):  # the last two: to see that they stay out
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc", "*.so"))
     (folder / "lorasb_kernels" / "secrets.env").write_text("TOKEN=1")
     completed = subprocess.run(

@@ -6,20 +6,14 @@ what is asked. On a GPU the same tests run there.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.aot.emulator import ptxcheck_folder
+from tests.aot.process import run_compiling
 from tests.ops.conftest import DTYPES, ON_GPU
 from tests.trust.conftest import amounts
 from tests.trust.operators import OPERATORS, SINGLE
 from tests.trust.worst import poisoned_memory, worst_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def assert_passes(worst: dict) -> None:
@@ -43,9 +37,6 @@ def test_the_contract(operator, backend, dtype, device, cases):
     assert_passes(vars(worst))
 
 
-@pytest.mark.skipif(
-    ptxcheck_folder() is None, reason="ptxcheck is not here; PTXCHECK_PATH names its folder"
-)
 @pytest.mark.parametrize(
     "operator",
     [op if op == "lorasb_linear" else pytest.param(op, marks=pytest.mark.slow) for op in OPERATORS],
@@ -53,14 +44,7 @@ def test_the_contract(operator, backend, dtype, device, cases):
 def test_the_contract_of_the_code_for_a_gpu(operator):
     """In bf16, which Triton's interpreter cannot multiply, compiled for sm_86 and emulated."""
     dtype = "float32" if operator in SINGLE else "bfloat16"
-    command = [sys.executable, "-m", "tests.trust.worst", dtype, "triton", operator, "--emulated"]
-    completed = subprocess.run(
-        [*command, "--cases", "5"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
+    options = ("--emulated", "--cases", "5")
+    assert_passes(
+        json.loads(run_compiling("tests.trust.worst", dtype, "triton", operator, *options))
     )
-    assert completed.returncode == 0, completed.stderr
-    assert_passes(json.loads(completed.stdout))

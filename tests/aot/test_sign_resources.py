@@ -1,43 +1,17 @@
-"""The sign kernels' PTX for sm_86, executed on the CPU; their resources on every architecture."""
+"""What the sign kernels take of each architecture, from ahead-of-time compilation."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.aot.emulator import ptxcheck_folder
+from tests.aot.process import run_compiling
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("sign_accumulate", "sign_gradient", "pack_signs", "sign_matmul")
-
-
-def run(*arguments: str) -> str:
-    completed = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
-
-
-@pytest.mark.skipif(
-    ptxcheck_folder() is None, reason="ptxcheck is not here; PTXCHECK_PATH names its folder"
-)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_emulated(kernel):
-    run("tests.aot.sign_ptx_checks", kernel)
 
 
 def check_resources(*options: str) -> None:
     """No spills, within the shared memory of a block, and loads of 16 bytes kept in flight."""
-    reports = json.loads(run("bench.kernel_resources.report", "--json", *options))
+    reports = json.loads(run_compiling("bench.kernel_resources.report", "--json", *options))
     assert reports
     limits = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}
     for report in reports:

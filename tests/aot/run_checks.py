@@ -1,0 +1,22 @@
+"""Runs checks of compiled PTX, in a process without Triton's interpreter.
+
+TRITON_INTERPRET=0 python -m tests.aot.run_checks sm_90 expand sign_matmul faults
+"""
+
+import sys
+
+import torch
+
+from tests.aot import fault_checks, ptx_checks, sign_ptx_checks
+
+
+def main() -> None:
+    arch, *names = sys.argv[1:]
+    checks = {**vars(ptx_checks), **vars(sign_ptx_checks), **vars(fault_checks)}
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
+    for name in names:
+        checks[f"check_{name}"](arch)
+
+
+if __name__ == "__main__":
+    main()
