@@ -1,6 +1,6 @@
 // y = x Wᵀ + drop(p Bᵀ) + bias: one product whose contraction runs over the rank, then over K.
 //
-// The second term comes first, so that dropout can be applied to it while it is alone in the
+// The second term comes first, so that dropout can be applied to it while nothing else is in the
 // accumulators. Reads x, W, p, B, writes y once; 2·M·N·(K + r) flops.
 //
 // A plain mma.sync product, which cannot reach the rate of wgmma on sm_90: there, two cuBLAS calls

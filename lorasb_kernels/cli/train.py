@@ -44,7 +44,7 @@ def _kind(annotation: Any) -> type:
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags; one target stands for a pattern."""
+    """The settings that were given as flags; a single target is a pattern."""
     given = {n: v for n in fields() if (v := getattr(options, n)) is not None}
     for name in ("method", "target_modules"):
         if name in given and len(given[name]) == 1:

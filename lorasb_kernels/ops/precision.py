@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNEL_DTYPES = FLOAT_DTYPES[:3]  # float64 is the reference's alone
+KERNEL_DTYPES = FLOAT_DTYPES[:3]  # only the reference runs float64
 
 
 def autocast_disabled(function: Callable) -> Callable:

@@ -198,7 +198,7 @@ class Run:
         return torch.autograd.grad(self.forward(i), self.leaves(i), dys)
 
     def backward(self, i: int) -> tuple[torch.Tensor, ...]:
-        """Backward alone, over a graph that is built at the first call and kept."""
+        """Only backward, over a graph that is built at the first call and kept."""
         i %= len(self.copies)
         if i not in self._outputs:
             self._outputs[i] = self.forward(i)

@@ -104,7 +104,7 @@ class Comparison:
     Args:
         task: the task.
         folder: receives `cells/*.json`, `table.json`, `table.md`, `loss.png` and the runs.
-        seeds: of the final runs; the first one is the sweep's, too.
+        seeds: of the final runs; the first one is also the seed of the sweep.
         extensions: see `sweep`.
     """
 

@@ -272,7 +272,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML or JSON file.
 
     Raises:
-        ConfigError: unreadable, not a mapping, or a key that is no setting.
+        ConfigError: unreadable, not a mapping, or a key that is not a setting.
     """
     try:
         size = Path(path).stat().st_size
@@ -314,7 +314,7 @@ def _loader():
 
 
 def check_keys(settings: dict[str, Any], source: str) -> None:
-    """Refuses keys that are no settings.
+    """Refuses keys that are not settings.
 
     Raises:
         ConfigError: names the unknown keys and the known ones.

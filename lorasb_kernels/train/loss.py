@@ -20,7 +20,8 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
         batch: `input_ids` and `labels` [samples, length], and what else the model takes.
 
     Returns:
-        losses [samples, columns], fp32, 0 where there is no label; and where there is one.
+        losses [samples, columns], fp32, 0 where there is no label; and a bool tensor of the same
+        shape, True where there is one.
     """
     # With a cache, models of transformers would not look for the boundaries of packed samples.
     inputs = dict(batch, use_cache=False)

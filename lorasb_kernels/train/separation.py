@@ -71,7 +71,7 @@ def check_separation(
 
 
 def _pair(samples: Sequence[Encoded]) -> list[Encoded] | None:
-    """A long and a shorter sample, cut to `LENGTHS`; None where there are no two."""
+    """A long and a shorter sample, cut to `LENGTHS`; None if there are fewer than two."""
     if len(samples) < 2:
         return None
     longest = max(samples, key=lambda sample: len(sample.input_ids))

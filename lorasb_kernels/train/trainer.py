@@ -221,7 +221,7 @@ class _EpochOfSampler(TrainerCallback):
 def give_heads_their_rate(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float
 ) -> None:
-    """Moves the trained parameters of a model's heads into groups of their own learning rate."""
+    """Moves the trained parameters of a model's heads into groups with their own learning rate."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = (base.get_submodule(name) for name in heads(base))
     of_heads = {id(p) for module in modules for p in module.parameters()}

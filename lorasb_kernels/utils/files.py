@@ -35,7 +35,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, permissions)  # safetensors writes a file of its own, for the owner
+        os.chmod(
+            temporary, permissions
+        )  # safetensors creates its own file, readable by the owner only
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

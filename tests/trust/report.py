@@ -90,7 +90,7 @@ def runs() -> Iterator[Run]:
 
 
 def worst(run: Run, dtype: str, cases: int) -> Iterator[dict]:
-    """The worst ratios of every operation, found in a process of its own."""
+    """The worst ratios of every operation, found in a separate process."""
     operators = [op for op in OPERATORS if dtype == "float32" or op not in SINGLE]
     count = max(1, round(cases * run.share))
     command = [sys.executable, "-m", "tests.trust.worst", dtype, run.backend, *operators]

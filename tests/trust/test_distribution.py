@@ -29,7 +29,7 @@ build_meta.build_sdist("dist")
 
 
 def package_files() -> set[str]:
-    """The files of the package, but for what is built."""
+    """The files of the package, except built ones."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "lorasb_kernels").rglob("*")

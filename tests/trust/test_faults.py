@@ -1,7 +1,7 @@
 """Whatever ends a run, the next start gives the unbroken run's curve or a clear error.
 
 Never a silent restart, never half a checkpoint under a checkpoint's name, and no complete
-checkpoint is lost but by the rule that keeps so many. `killed_runs` makes the faults.
+checkpoint is lost except by the rule that keeps a fixed number. `killed_runs` makes the faults.
 """
 
 import json

@@ -104,7 +104,7 @@ class LoRASBFunction(torch.autograd.Function):
 
 
 class _Trained(NamedTuple):
-    """Which inputs of `LoRASBFunction` want a gradient."""
+    """Which inputs of `LoRASBFunction` need a gradient."""
 
     x: bool
     A: bool

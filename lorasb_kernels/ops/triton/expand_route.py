@@ -96,7 +96,7 @@ def plan_route(
     dropout: bool,
     aligned: bool = True,
 ) -> Route:
-    """`choose_route` from the sizes alone, as if all matrices were contiguous.
+    """`choose_route` from the sizes only, as if all matrices were contiguous.
 
     Args:
         arch: `"sm_86"` and so on.

@@ -29,7 +29,7 @@ registers allow a 128×256 tile: 192 KB in four stages.
 A dropout mask costs about 60 registers of 64-bit arithmetic while the second term is masked:
 64-row tiles there.
 
-Expand by tensor maps (sm_90 alone). No addresses and masks in registers: 90 for 128×128 with 8
+Expand with tensor maps (sm_90 only). No addresses and masks in registers: 90 for 128×128 with 8
 warps, so that two blocks of three stages (96 KB each) share a multiprocessor; 154 for 128×256,
 which reads a third less shared memory per flop and fills it in four stages of 48 KB.
 """
