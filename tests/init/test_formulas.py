@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.init.methods import kaiming_svd, lora_one, lora_sb, scaled_b
+from lorasb_kernels.init.methods import kaiming_svd, lora_one, lora_sb, noise, scaled_b
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.targets import adapted_layers
+from lorasb_kernels.train.config import TrainConfig
 from tests.models import batches, build
 
 R, GAMMA = 6, 16.0
@@ -150,6 +151,64 @@ def test_lora_one_needs_batches_but_no_learning_rate():
     config = LoRASBConfig(3, ("query",), "lora-one")
     with pytest.raises(ValueError, match="expected batches, as init='lora-one' needs gradients"):
         adapt(build("roberta"), config)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e-2])
+def test_noise_has_the_standard_deviation_that_was_asked_for(std):
+    """At full rank the product is the noisy update itself: beyond −η·signs, it is the noise."""
+    s, eta = 0.5, 1e-3
+    signs = gradient().sign()
+    r, count = min(signs.shape), signs.numel()
+    adapter = noise(SignMatrix.from_dense(signs), r, eta, s, std, generator())
+    product = s * (adapter.lora_B @ adapter.lora_R @ adapter.lora_A).double()
+    added = product + eta * signs.double()
+    deviation = 4 / math.sqrt(2 * count)  # four standard errors
+    torch.testing.assert_close(added.std().item(), std, rtol=deviation, atol=0)
+    assert added.mean().abs() < 4 * std / math.sqrt(count)
+
+
+def test_the_config_hands_its_standard_deviations_on():
+    """Against the same model without noise, at full rank; and what is asked for by default."""
+    deltas = {}
+    for init, changes in (("lora-sb", {}), ("noise", {"noise_std": 0.05})):
+        config = LoRASBConfig(32, ("query",), init, **changes)
+        model = adapt(
+            build("roberta").double(),
+            config,
+            batches("roberta"),
+            learning_rate=1e-2,
+            progress=False,
+        )
+        layers = adapted_layers(model).values()
+        deltas[init] = torch.cat([layer.get_delta_weight().flatten() for layer in layers])
+    added = deltas["noise"] - deltas["lora-sb"]
+    deviation = 4 / math.sqrt(2 * added.numel())
+    torch.testing.assert_close(added.std().item(), 0.05, rtol=deviation, atol=0)
+
+    model = adapt(build("roberta"), LoRASBConfig(32, ("query",), "lora-xs"), progress=False)
+    cores = torch.cat([layer.lora_R.flatten() for layer in adapted_layers(model).values()])
+    deviation = 4 / math.sqrt(2 * cores.numel())
+    torch.testing.assert_close(cores.std().item(), 1e-5, rtol=deviation, atol=0)
+    # Table 5 of arXiv:2411.19557 and section 3 of arXiv:2405.17604.
+    assert (LoRASBConfig(1).noise_std, LoRASBConfig(1).core_std) == (1e-5, 1e-5)
+    settings = {"model": "m", "data": "d", "output_dir": "o"}
+    assert TrainConfig(**settings, method="noise").noise_std == 1e-5
+
+
+@pytest.mark.parametrize("side", ["B", "A", None])
+def test_sigma_is_on_the_side_that_was_asked_for(side):
+    """B by default, as in the paper; the other factor is orthonormal."""
+    base = build("roberta")
+    changes = {} if side is None else {"sigma_side": side}
+    config = LoRASBConfig(4, ("query", "dense"), "lora-xs", **changes)
+    model = adapt(build("roberta"), config, progress=False)
+    for name, layer in adapted_layers(model).items():
+        S = torch.linalg.svdvals(base.get_submodule(name).weight.detach())[:4]
+        norms = {"A": layer.lora_A.norm(dim=1), "B": layer.lora_B.norm(dim=0)}
+        carries = norms.pop(side or "B")
+        torch.testing.assert_close(carries, S, rtol=1e-3, atol=1e-5, msg=name)
+        (other,) = norms.values()
+        torch.testing.assert_close(other, torch.ones(4), rtol=1e-4, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", ["kaiming-svd", "scaled-b", "noise"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers as hf
 
-from lorasb_kernels import LoRASBConfig, adapt
+from lorasb_kernels import LoRASBConfig, LoRASBLinear, SignMatrix, adapt
 from lorasb_kernels.functional import lorasb_linear
+from lorasb_kernels.init.methods import lora_sb
 from lorasb_kernels.targets import adapted_layers
 from lorasb_kernels.train.demo.assets import minilm
 
@@ -45,8 +46,22 @@ def full_gradient(problem, scaling):
     return gradient
 
 
-def optimal(gradient, A, B, scaling):
-    return torch.linalg.inv(B.T @ B) @ gradient @ torch.linalg.inv(A @ A.T) / scaling**2
+def layer_of(problem, scaling, optimal_gradient=True):
+    """The problem's layer as the project's module, in float64."""
+    linear = torch.nn.Linear(n, m, bias=False, dtype=torch.float64)
+    linear.weight.data.copy_(problem["weight"])
+    layer = LoRASBLinear.from_linear(linear, r, scaling=scaling, optimal_gradient=optimal_gradient)
+    layer.double()
+    layer.set_adapter(problem["lora_A"], problem["lora_R"].detach(), problem["lora_B"])
+    return layer
+
+
+def core_gradient(problem, scaling):
+    """The gradient that the module gives R in the problem's loss, with `optimal_gradient`."""
+    layer = layer_of(problem, scaling)
+    loss = (layer(problem["x"]) - problem["target"]).square().sum()
+    (gradient,) = torch.autograd.grad(loss, layer.lora_R)
+    return gradient
 
 
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 4.0])
@@ -61,25 +76,25 @@ def test_lemma_2_the_gradient_of_the_core_is_the_projected_full_gradient(problem
 def test_theorem_3_no_core_gradient_comes_closer_to_the_full_gradient(problem, scaling):
     A, B = problem["lora_A"], problem["lora_B"]
     g = full_gradient(problem, scaling)
-    best = optimal(scaling * B.T @ g @ A.T, A, B, scaling)
+    found = core_gradient(problem, scaling)
 
-    def distance(core_gradient):
-        return (scaling * B @ core_gradient @ A - g).norm()
+    def distance(candidate):
+        return (scaling * B @ candidate @ A - g).norm()
 
     # The least-squares solution over all r×r matrices, by Kronecker products.
     design = scaling * torch.kron(B, A.T.contiguous())
     solution = torch.linalg.lstsq(design, g.reshape(-1, 1)).solution.view(r, r)
-    torch.testing.assert_close(best, solution)
+    torch.testing.assert_close(found, solution, rtol=1e-9, atol=1e-9)
     for size in (1e-3, 1.0):
-        assert distance(best + size * torch.randn(r, r).double()) > distance(best)
+        assert distance(found + size * torch.randn(r, r).double()) > distance(found)
 
 
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 4.0])
 def test_theorem_4_a_small_step_lowers_the_loss_as_predicted(problem, scaling):
-    A, B, R = problem["lora_A"], problem["lora_B"], problem["lora_R"]
+    R = problem["lora_R"]
     loss = loss_of(problem, scaling=scaling)
     (gradient,) = torch.autograd.grad(loss, R)
-    step = optimal(gradient, A, B, scaling)
+    step = core_gradient(problem, scaling)
     predicted = (gradient * step).sum()
     assert predicted > 0
     eta = 1e-7
@@ -89,23 +104,41 @@ def test_theorem_4_a_small_step_lowers_the_loss_as_predicted(problem, scaling):
 
 
 def test_theorem_5_the_equivalent_gradient_does_not_depend_on_s(problem):
-    A, B = problem["lora_A"], problem["lora_B"]
-    g = torch.randn(m, n).double()
-    equivalent = [s * B @ optimal(s * B.T @ g @ A.T, A, B, s) @ A for s in (0.25, 1.0, 4.0)]
+    """At one adapted weight, s·B·R·A the same, the step of W that the core's gradient stands for
+    is the same; under other optimizers, see test_optimal.py."""
+    A, B, R = problem["lora_A"], problem["lora_B"], problem["lora_R"].detach()
+    equivalent = [s * B @ core_gradient({**problem, "lora_R": R / s}, s) @ A for s in (0.25, 1, 4)]
+    assert equivalent[1].norm() > 1
     torch.testing.assert_close(equivalent[0], equivalent[1])
     torch.testing.assert_close(equivalent[2], equivalent[1])
 
 
-def test_theorem_6_the_first_step_is_the_best_rank_r_one():
-    """With B, A from the SVD of the first update, the core's first step in that subspace is
-    the best rank-r approximation of the full step, and the plain gradient is the optimal one."""
-    torch.manual_seed(0)
-    g = torch.randn(m, n).double()
-    U, S, Vt = torch.linalg.svd(-g, full_matrices=False)
-    A, B = Vt[:r], U[:, :r]
-    step = -(B.T @ g @ A.T)
-    torch.testing.assert_close(B @ step @ A, (U[:, :r] * S[:r]) @ Vt[:r])
-    torch.testing.assert_close(optimal(B.T @ g @ A.T, A, B, 1.0), B.T @ g @ A.T)
+@pytest.mark.parametrize("scaling", [0.25, 1.0, 4.0])
+def test_theorem_6_the_first_step_is_the_best_rank_r_one(scaling):
+    """With the factors of `lora_sb`, the first update and a gradient step of R from 0 are each
+    the best rank-r approximation of the full step, and the optimal gradient is the plain one."""
+    eta = 1e-2
+    signs = torch.randint(0, 2, (m, n), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    U, S, Vt = torch.linalg.svd(-eta * signs.double())
+    best = (U[:, :r] * S[:r]) @ Vt[:r]
+    (adapter,) = lora_sb([SignMatrix.from_dense(signs)], r, eta, scaling, torch.Generator())
+    torch.testing.assert_close(delta_of(adapter, scaling), best, rtol=1e-3, atol=1e-5)
+
+    # The gradient of this loss in W is `signs`.
+    layer = LoRASBLinear.from_linear(
+        torch.nn.Linear(n, m, bias=False), r, scaling=scaling, optimal_gradient=True
+    )
+    layer.set_adapter(adapter.lora_A, torch.zeros(r, r), adapter.lora_B)
+    (layer(torch.eye(n)) * signs.T).sum().backward()
+    with torch.no_grad():
+        layer.lora_R -= eta * layer.lora_R.grad
+    torch.testing.assert_close(layer.get_delta_weight().double(), best, rtol=1e-3, atol=1e-5)
+    plain = scaling * adapter.lora_B.T @ signs @ adapter.lora_A.T
+    torch.testing.assert_close(layer.lora_R.grad * scaling**2, plain, rtol=1e-4, atol=1e-4)
+
+
+def delta_of(adapter, scaling):
+    return scaling * (adapter.lora_B @ adapter.lora_R @ adapter.lora_A).double()
 
 
 @pytest.fixture(scope="module")
