@@ -9,14 +9,18 @@ Every finished run is kept, so an interrupted comparison resumes. Writes table.j
 loss.png.
 
     lorasb compare --suite methods --output-dir out/compare
-    lorasb compare --config task.yaml --validation val.jsonl --test test.jsonl \
+    lorasb compare --config task.yaml --validation val.jsonl --test test.jsonl other.jsonl \
         --methods lora-sb:16:1e-3,2.5e-3 lora:16:4e-4,1e-3 --output-dir out/compare
+
+Instead of --methods, the file may list `contenders`, each with `method`, `r`, `learning_rate` (one
+or a list), `label` and any other settings of its own. --validation is needed only to choose among
+learning rates. The score of a run is its average over the test sets.
 """
 
 import argparse
 from pathlib import Path
 
-from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.errors import ConfigError, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, default=3, help="over headlines; default 3")
     parser.add_argument("--config", help="settings of `lorasb train`, for a task of your own")
     parser.add_argument("--validation", help="with --config: rows that choose the learning rate")
-    parser.add_argument("--test", help="with --config: rows of the final evaluation")
+    parser.add_argument("--test", nargs="+", help="with --config: sets of the final evaluation")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -52,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"seeds is {options.seeds}; expected at least 1")
     logging.disable_progress_bar()
     if options.config:
-        task, contenders = own_task(options), [contender(text) for text in options.methods]
+        task, contenders = own_task(options)
     else:
         task = headlines_task(options.train_rows, options.test_rows, options.epochs, ETA)
         contenders = SUITES[options.suite]
@@ -63,27 +67,62 @@ def run(options: argparse.Namespace) -> int:
 
 
 def own_task(options: argparse.Namespace):
-    """The task of --config, --validation and --test.
+    """The task and the contenders of --config and its flags.
 
     Raises:
-        ConfigError: a flag is missing.
+        ConfigError: a flag is missing, or a contender cannot be used.
     """
     from lorasb_kernels.train.comparison import Task
     from lorasb_kernels.train.config import load_file, load_preset, resolve
+    from lorasb_kernels.train.data import metric_of
     from lorasb_kernels.train.run import read_held_out, read_training
 
-    for name in ("validation", "test", "methods"):
-        if not getattr(options, name):
-            raise ConfigError(f"--{name} is missing; --config expects it")
-    settings = load_file(options.config)
+    settings = load_file(options.config, also=("contenders",))
+    contenders = [listed_contender(entry) for entry in settings.pop("contenders", None) or ()]
+    contenders += [contender(text) for text in options.methods]
+    if not contenders:
+        raise ConfigError("--methods is missing; --config expects it, or a list of contenders")
+    if not options.test:
+        raise ConfigError("--test is missing; --config expects it")
+    if not options.validation and any(len(one.learning_rates) > 1 for one in contenders):
+        raise ConfigError("--validation is missing; a choice of learning rates expects it")
     if "preset" in settings:
         settings = load_preset(settings.pop("preset")) | settings
     config = resolve(settings | {"output_dir": options.output_dir})
     train = read_training(config)
-    validation, test = (read_held_out(config, s) for s in (options.validation, options.test))
+    validation = read_held_out(config, options.validation) if options.validation else ()
+    test = {source: read_held_out(config, source) for source in options.test}
+    metrics = {}
+    if config.task == "causal-lm" and len(test) > 1:
+        metrics = {source: metric for source in test if (metric := metric_of(source))}
     # The settings as given: defaults that depend on the method are filled in per contender.
     title = Path(config.data).stem
-    return Task(title, settings, train, validation, test, config.evaluation)
+    task = Task(title, settings, train, validation, test, config.evaluation, metrics)
+    return task, contenders
+
+
+def listed_contender(entry: object):
+    """The contender that an entry of `contenders` describes.
+
+    Raises:
+        ConfigError: no mapping, unknown keys, no method, rank or learning rate.
+    """
+    from lorasb_kernels.train.comparison import Contender
+    from lorasb_kernels.train.config import check_keys
+
+    if not isinstance(entry, dict):
+        raise ConfigError(f"contenders hold {shown(entry)}; expected mappings of settings")
+    check_keys(entry, "contenders", also=("label",))
+    entry = dict(entry)
+    try:
+        method, r, rates = (entry.pop(name) for name in ("method", "r", "learning_rate"))
+        rates = rates if isinstance(rates, list) else [rates]
+        label = entry.pop("label", "")
+        return Contender(method, r, tuple(sorted(map(float, rates))), entry, label)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"contenders hold {shown(entry)}: {error}; expected method, r and learning_rate"
+        ) from error
 
 
 def contender(text: str):

@@ -22,6 +22,7 @@ from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Rows, finetune
 from lorasb_kernels.train.summary import Curve, loss_figure
+from lorasb_kernels.train.trained import evaluate_on
 from lorasb_kernels.utils.figures import save_png
 from lorasb_kernels.utils.files import write_json, write_text
 from lorasb_kernels.utils.tables import markdown_table
@@ -66,7 +67,10 @@ class Task:
     Args:
         title: for the table and the plot.
         settings: settings of `TrainConfig` common to all, `model` and `data` among them.
-        train, validation, test: disjoint rows.
+        train, validation: rows.
+        test: rows by the name of their test set; the score of a run is the average over the
+            sets. All rows are disjoint, but for tasks whose papers choose by the test rows.
+        metrics: of test sets that another metric than `evaluation` judges, by name.
         metric: what `evaluation` measures; higher is better, except for `"loss"`.
     """
 
@@ -74,8 +78,9 @@ class Task:
     settings: dict
     train: Rows
     validation: Rows
-    test: Rows
+    test: dict[str, Rows]
     metric: str = "accuracy"
+    metrics: dict[str, str] = field(default_factory=dict)
 
 
 def sweep(
@@ -178,12 +183,21 @@ class Comparison:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         console.print(f"{contender.name}, learning rate {learning_rate:g}, seed {seed}, {part}")
-        held_out = self.task.test if part == "test" else self.task.validation
+        sets = self.task.test if part == "test" else {"validation": self.task.validation}
+        first = next(iter(sets.values()))
         # A run that was evaluated on validation rows is not trained again: it resumes from its last
         # checkpoint, which is at its end.
         with peak_memory() as peak:
-            _, _, result = finetune(config, self.task.train, held_out)
-        cell = result.to_dict() | {"part": part, "rows": len(held_out), "peak_bytes": peak.bytes}
+            model, encoder, result = finetune(config, self.task.train, first)
+        values = {}
+        for name, rows in sets.items():
+            metric = self.task.metrics.get(name, config.evaluation)
+            known = rows is first and metric == config.evaluation
+            values[name] = (
+                result.after if known else evaluate_on(model, encoder, config, rows, metric)
+            )
+        cell = result.to_dict() | {"part": part, "peak_bytes": peak.bytes, "sets": values}
+        cell |= {"after": statistics.mean(values.values()), "rows": sum(map(len, sets.values()))}
         if part == "test":
             shutil.rmtree(config.output_dir)
             earlier = path.with_name(path.name.replace("-test.json", "-validation.json"))
@@ -206,6 +220,10 @@ class Comparison:
             "learning_rate": rate,
             "validation": {f"{value:g}": abs(tried[value]) for value in sorted(tried)},
             "test": [one["after"] for one in final],
+            "sets": {
+                name: [one.get("sets", {name: one["after"]})[name] for one in final]
+                for name in self.task.test
+            },
             "loss": statistics.mean(ends),
             "seconds": statistics.mean(one["seconds"]["train"] for one in final),
             "init_seconds": statistics.mean(one["seconds"]["initialize"] for one in final),
@@ -218,12 +236,12 @@ class Comparison:
     def markdown(self, rows: list[dict]) -> str:
         """The table as Markdown."""
         header, body = self._cells(rows)
-        note = f"{self.task.title}; {len(self.seeds)} seeds, {len(self.task.test)} test rows."
+        note = f"{self.task.title}; {len(self.seeds)} seeds, {self._test_rows()} test rows."
         return f"{note}\n\n{markdown_table(header, body)}\n"
 
     def summary(self, rows: list[dict]) -> Table:
         """The table for a terminal."""
-        title = f"{self.task.title}, {len(self.seeds)} seeds, {len(self.task.test)} test rows"
+        title = f"{self.task.title}, {len(self.seeds)} seeds, {self._test_rows()} test rows"
         header, body = self._cells(rows)
         table = Table(title=title)
         for name in header:
@@ -234,7 +252,11 @@ class Comparison:
 
     def _cells(self, rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         header = ["method", "trainable", "learning rate", "final loss", f"{self.task.metric} ± std"]
+        header += ["median", "best"]
+        several = len(self.task.test) > 1
+        header += list(self.task.test) if several else []
         header += ["by seed", "steps/s", "memory MB", "init s"]
+        best = min if self.task.metric == "loss" else max
         return header, [
             [
                 row["name"],
@@ -242,6 +264,9 @@ class Comparison:
                 f"{row['learning_rate']:g}",
                 f"{row['loss']:.4f}",
                 f"{statistics.mean(row['test']):.4f} ± {_std(row['test']):.4f}",
+                f"{statistics.median(row['test']):.4f}",
+                f"{best(row['test']):.4f}",
+                *(f"{statistics.mean(values):.4f}" for values in row["sets"].values() if several),
                 " ".join(f"{value:.4f}" for value in row["test"]),
                 f"{row['steps_per_second']:.2f}",
                 "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
@@ -249,6 +274,9 @@ class Comparison:
             ]
             for row in rows
         ]
+
+    def _test_rows(self) -> int:
+        return sum(map(len, self.task.test.values()))
 
 
 def _std(values: list[float]) -> float:

@@ -268,8 +268,12 @@ def load_preset(name: str) -> dict[str, Any]:
     return settings if base is None else load_preset(base) | settings
 
 
-def load_file(path: str | Path) -> dict[str, Any]:
+def load_file(path: str | Path, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """Settings of a YAML or JSON file.
+
+    Args:
+        path: the file.
+        also: keys it may have that are no settings.
 
     Raises:
         ConfigError: unreadable, not a mapping, or a key that is not a setting.
@@ -285,10 +289,10 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config is {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config is {str(path)!r}, which is not UTF-8: {error}") from error
-    return _parse(text, str(path))
+    return _parse(text, str(path), also)
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
+def _parse(text: str, source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
     import yaml  # JSON is YAML too
 
     try:
@@ -297,7 +301,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} is neither YAML nor JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{source} holds {type(settings).__name__}; expected a mapping")
-    check_keys(settings, source)
+    check_keys(settings, source, also)
     return settings
 
 
@@ -313,13 +317,13 @@ def _loader():
     return Loader
 
 
-def check_keys(settings: dict[str, Any], source: str) -> None:
+def check_keys(settings: dict[str, Any], source: str, also: tuple[str, ...] = ()) -> None:
     """Refuses keys that are not settings.
 
     Raises:
         ConfigError: names the unknown keys and the known ones.
     """
-    known = {*fields(), "preset"}
+    known = {*fields(), "preset", *also}
     unknown = sorted(shown(key).strip("'") for key in set(settings) - known)[:5]
     if unknown:
         raise ConfigError(

@@ -121,12 +121,14 @@ class Format:
         convert: an `Example` or None (to leave the row out); or (text, second text) for a row
             with a label.
         by_name_only: never recognised, only asked for.
+        metric: how its papers judge by such rows; None: nothing is said.
     """
 
     name: str
     fields: tuple[str, ...]
     convert: Callable[[Row], Any]
     by_name_only: bool = False
+    metric: str | None = None
 
     def __str__(self):
         return f"format {self.name}: {', '.join(self.fields)}"
@@ -175,10 +177,10 @@ EXAMPLE_FORMATS = (
     Format("instruction", ("instruction", "response"), _own),
     Format("metamath", ("query", "response"), _pair("query", "response")),
     Format("metamath-gsm", ("query", "response", "type"), _metamath_gsm, by_name_only=True),
-    Format("gsm8k", ("question", "answer"), _pair("question", "answer")),
-    Format("math", ("problem", "solution"), _pair("problem", "solution")),
-    Format("commonsense", ("instruction", "output", "answer"), _commonsense),
-    Format("alpaca", ("instruction", "output"), _alpaca),
+    Format("gsm8k", ("question", "answer"), _pair("question", "answer"), metric="numeric"),
+    Format("math", ("problem", "solution"), _pair("problem", "solution"), metric="math"),
+    Format("commonsense", ("instruction", "output", "answer"), _commonsense, metric="answer"),
+    Format("alpaca", ("instruction", "output"), _alpaca, metric="math"),
 )
 LABELLED_FORMATS = (
     Format(
@@ -218,6 +220,15 @@ def _format_of(
     if name is not None:
         raise DataError(f"data_format is {shown(name)}; expected one of this task's: {known}")
     raise DataError(f"{source}:{number}: fields {shown(sorted(map(str, row)))}; expected {known}")
+
+
+def metric_of(source: str | Path) -> str | None:
+    """How the papers judge by the examples of a source; None where its form does not say.
+
+    Raises:
+        DataError: see `read_examples`.
+    """
+    return _format_of(source, read_rows(source)[0], EXAMPLE_FORMATS, None).metric
 
 
 def read_examples(

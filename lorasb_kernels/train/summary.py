@@ -1,6 +1,7 @@
 """For a person to read after a run: the table of runs and the loss curves."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,26 @@ def runs_table(results: Sequence[Result]) -> Table:
             minutes(result.seconds["initialize"]),
             minutes(result.seconds["train"]),
         )
+    return table
+
+
+def evaluation_table(found: Sequence[dict]) -> Table:
+    """One row per test set, and the average where there are several that can be averaged.
+
+    Args:
+        found: `data`, `metric`, `rows` and `value` of each set.
+    """
+    table = Table(title="evaluation")
+    table.add_column("data")
+    for column in ("metric", "rows", "value"):
+        table.add_column(column, justify="right")
+    for one in found:
+        table.add_row(one["data"], one["metric"], str(one["rows"]), f"{one['value']:.4f}")
+    metrics = {one["metric"] for one in found}
+    if len(found) > 1 and (len(metrics) == 1 or "loss" not in metrics):
+        table.add_section()
+        average = statistics.mean(one["value"] for one in found)
+        table.add_row("average", "", str(sum(one["rows"] for one in found)), f"{average:.4f}")
     return table
 
 

@@ -26,7 +26,7 @@ def task(bert):
         "init_minimum": 8,
         "warmup_ratio": 0.0,
     }
-    return Task("tiny", settings, reviews(32), reviews(16), reviews(20))
+    return Task("tiny", settings, reviews(32), reviews(16), {"test": reviews(20)})
 
 
 CONTENDERS = (
@@ -77,7 +77,7 @@ def test_contenders_see_the_same_samples_in_the_same_order(task, tmp_path):
 
 def test_a_lower_loss_is_better(task, tmp_path, monkeypatch):
     values = iter((0.7, 0.3, 0.5))
-    run = Comparison(Task("t", {}, [], [], [], "loss"), tmp_path, (0,))
+    run = Comparison(Task("t", {}, [], [], {}, "loss"), tmp_path, (0,))
     monkeypatch.setattr(run, "cell", lambda *_: {"after": next(values)})
     tried = run.validated(Contender("lora", 4, (1.0, 2.0, 3.0)))
     assert max(tried, key=tried.get) == 2.0
@@ -93,9 +93,10 @@ def test_a_task_of_ones_own(bert, tmp_path, capsys):
     arguments = ["compare", "--config", str(tmp_path / "task.yaml"), "--seeds", "1"]
     arguments += ["--output-dir", str(tmp_path / "out"), "--methods", "lora-one:4:1e-3"]
     assert main(arguments) == 2
+    assert "--test is missing" in capsys.readouterr().err
+    arguments += ["--test", str(tmp_path / "test.jsonl")]
+    assert main([*arguments, "--methods", "lora-one:4:1e-3,1e-2"]) == 2
     assert "--validation is missing" in capsys.readouterr().err
-    for name in ("validation", "test"):
-        arguments += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
     assert main(arguments) == 0
     assert "lora-one-r4" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -106,6 +107,44 @@ def test_a_task_of_ones_own(bert, tmp_path, capsys):
     assert json.loads(cell.read_text())["config"]["optimizer"] == "preconditioned"
     assert main([*arguments, "--methods", "lora-one:4"]) == 2
     assert "expected METHOD:R:RATE" in capsys.readouterr().err
+
+
+def test_contenders_with_settings_of_their_own_on_several_sets(bert, tmp_path, capsys):
+    for name, count in (("train", 16), ("a", 8), ("b", 4)):
+        rows = [json.dumps({"sentence": row.text, "label": row.label}) for row in reviews(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    settings = {"model": str(bert), "data": str(tmp_path / "train.jsonl"), "max_steps": 2}
+    settings |= {"task": "classification", "batch_size": 8, "max_length": 32, "init_minimum": 8}
+    settings["contenders"] = [
+        {"method": "lora-xs", "r": 4, "learning_rate": 1e-3, "lora_alpha": 16, "label": "xs-16"},
+        {"method": "lora-sb", "r": 2, "learning_rate": [1e-3], "optimal_gradient": False},
+    ]
+    config = tmp_path / "task.yaml"
+    config.write_text(yaml.dump(settings))
+    tests = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    arguments = ["compare", "--config", str(config), "--seeds", "3", "--test", *tests]
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["name"] for row in rows] == ["xs-16", "lora-sb-r2"]
+    for row in rows:
+        by_set = [row["sets"][name] for name in tests]
+        for score, values in zip(row["test"], zip(*by_set, strict=True), strict=True):
+            assert score == pytest.approx(sum(values) / 2)
+    cell = next((tmp_path / "out" / "cells").glob("xs-16*seed0-test.json"))
+    assert json.loads(cell.read_text())["config"]["lora_alpha"] == 16
+    header, _, line, _ = (tmp_path / "out" / "table.md").read_text().splitlines()[2:]
+    names, values = ([cell.strip() for cell in text.split("|")] for text in (header, line))
+    shown = dict(zip(names, values, strict=True))
+    scores = sorted(rows[0]["test"])
+    assert (shown["median"], shown["best"]) == (f"{scores[1]:.4f}", f"{scores[2]:.4f}")
+    assert shown[tests[0]] == f"{sum(rows[0]['sets'][tests[0]]) / 3:.4f}"
+
+    unusable = {"x": "expected mappings", "{rr: 1}": "unknown rr", "{r: 1}": "'method'"}
+    for text, message in unusable.items():
+        entry = yaml.safe_load(text)
+        config.write_text(yaml.dump(settings | {"contenders": [entry]}))
+        assert main([*arguments, "--output-dir", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -104,7 +104,7 @@ def headlines_task(
         "eval_batch_size": 100,
         "save_steps": 64,
     }
-    return Task("MiniLM-L6, headlines", settings, train, validation, test)
+    return Task("MiniLM-L6, headlines", settings, train, validation, {"test": test})
 
 
 def run_comparison(
