@@ -225,6 +225,13 @@ def test_every_room_is_there_and_every_operation_is_found():
     assert len(IMPLEMENTATIONS) >= 8
 
 
+def test_contributing_shows_the_same_rooms():
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    table = page.partition("| room | what |\n|---|---|\n")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines()]
+    assert tuple(tuple(re.findall(r"`(\w+)`", row)) for row in rows) == ROOMS
+
+
 @pytest.mark.parametrize(
     ("rule", "module", "line"),
     [
