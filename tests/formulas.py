@@ -21,7 +21,7 @@ from lorasb_kernels.ops.dropout import keep_mask
 
 
 def eager(formula, dtype: torch.dtype, device: torch.device, *operands):
-    """`formula` as eager PyTorch computes it in `dtype`: the yardstick of the contract."""
+    """`formula` as eager PyTorch computes it in `dtype`; the contract compares with it."""
     return formula(lambda t: t.to(dtype), *_each(operands, lambda t: t.to(device)))
 
 
@@ -33,8 +33,8 @@ def exact(formula, *operands):
 def magnitudes(formula, *operands, floor: float = 0.0):
     """`formula` on absolute values; `floor` is added to whatever is stored.
 
-    With the smallest normal number as floor, eps·magnitudes never is less than the spacing of
-    the numbers around 0.
+    With the smallest normal number as floor, eps·magnitudes is at least the spacing of the
+    numbers around 0.
     """
     return formula(lambda t: t + floor, *_each(operands, _magnitude, abs))
 

@@ -1,6 +1,6 @@
 """The rules of the rooms (CONTRIBUTING.md), read from the sources; and each rule, broken once.
 
-A rule takes the sources of the package, a text for each module, and returns what breaks it.
+A rule takes the sources of the package, one text per module, and returns the violations.
 """
 
 import ast
@@ -18,7 +18,7 @@ from lorasb_kernels.ops.triton import IMPLEMENTATIONS
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lorasb_kernels"
 
-# A room imports only from the lines below its own; the rooms of one line do not know each other.
+# A room imports only from the lines below its own; the rooms of one line do not import each other.
 ROOMS = (
     ("cli",),
     ("train",),
@@ -147,7 +147,7 @@ def outside_imports(texts: dict[str, str]) -> list[str]:
 
 
 def repository_lookups(texts: dict[str, str]) -> list[str]:
-    """Strings that are no docstrings and name git or the folder of the documentation."""
+    """Strings, except docstrings, that name git or the folder of the documentation."""
     found = []
     for module, text in texts.items():
         tree = parsed(text)

@@ -11,7 +11,7 @@ from lorasb_kernels.nn.adapted import AdaptedLinear
 def inverse_grams(
     lora_A: torch.Tensor, lora_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(BᵀB)⁻¹ and (AAᵀ)⁻¹ [r, r] in fp32 or wider; None where both are the identity to rounding.
+    """(BᵀB)⁻¹ and (AAᵀ)⁻¹ [r, r] in fp32 or wider; None if both are the identity up to rounding.
 
     The inverse for full-rank factors; otherwise the pseudo-inverse, which gives the shortest of
     the optimal gradients.
@@ -31,7 +31,7 @@ def inverse_grams(
 
 
 class _OptimalGradient(torch.autograd.Function):
-    """Identity on R; its gradient G becomes `left · G · right / s²`, either side None for I."""
+    """Identity on R; its gradient G becomes `left · G · right / s²`; None stands for I."""
 
     @staticmethod
     def forward(ctx, lora_R, left, right, scaling):

@@ -1,4 +1,4 @@
-"""Starting a run from the adapter of another task: LoRA-XS takes RTE, MRPC and STS-B from MNLI."""
+"""Starts a run from the adapter of another task: LoRA-XS starts RTE, MRPC and STS-B from MNLI."""
 
 from pathlib import Path
 
@@ -44,16 +44,16 @@ def seed_of(source: str) -> int:
 
 @torch.no_grad()
 def start_from(model: nn.Module, source: str) -> str:
-    """Takes over the adapter in `source`, and of its saved modules what fits by name and shape.
+    """Loads the adapter in `source`, and those of its saved tensors that fit by name and shape.
 
-    A head for another number of classes does not fit: its last layer stays new.
+    A head for another number of classes does not fit: its last layer stays newly initialized.
 
     Args:
         model: an adapted model.
         source: what `save_adapter` wrote, or the output folder of a run that holds it.
 
     Returns:
-        What was taken over and what was not, as a message.
+        A message that says what was loaded and what was not.
 
     Raises:
         ConfigError: another kind of adapter, other layers, or another base model; nothing is

@@ -76,7 +76,7 @@ def test_an_orthonormalized_lora_xs_is_rebuilt_from_the_weight(tmp_path):
 
 
 def diagonal(**changes) -> torch.nn.Module:
-    """A model whose AAᵀ and BᵀB are diagonal to float64's rounding, as LoRA-XS means them."""
+    """A model whose AAᵀ and BᵀB are diagonal to float64's rounding, as in LoRA-XS."""
     adapted = model(**changes)
     scale = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)
     for layer in adapted_layers(adapted).values():
@@ -93,7 +93,7 @@ def test_adamw_does_not_notice_the_optimal_gradient_where_descent_does():
 
 
 def skewed() -> torch.nn.Module:
-    """`model()` with the same B·R·A, its scale shared otherwise between the factors."""
+    """`model()` with the same B·R·A, its scale split differently between the factors."""
     changed = model()
     scale = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)
     for layer in adapted_layers(changed).values():
@@ -111,7 +111,7 @@ def orthonormalized(adapted: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_theorem_5_with_orthonormal_factors_holds_under_any_optimizer(kind):
-    """The path does not depend on how the scale is shared between A, R and B."""
+    """The path does not depend on how the scale is split between A, R and B."""
     path = descend(orthonormalized(model()), kind)
     torch.testing.assert_close(descend(orthonormalized(skewed()), kind), path, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(descend(skewed(), kind), descend(model(), kind), rtol=1e-3, atol=1e-4)

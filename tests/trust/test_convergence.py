@@ -1,9 +1,9 @@
 """Training in 16 bits and by the fused kernels follows the fp32 curve; LoRA-SB's theorems hold
 on the way.
 
-A student learns what a random rank-4 update did to its own layers, 200 steps of AdamW (ten in
+A student learns the effect of a random rank-4 update of its own layers, 200 steps of AdamW (ten in
 Triton's interpreter). The models of a comparison start from the same bits: the 16-bit one is
-made first and widened.
+made first and converted to fp32.
 """
 
 import copy
@@ -19,8 +19,8 @@ from tests.ops.conftest import ON_GPU
 from tests.ops.operands import same_bits
 
 FEATURES, HIDDEN, RANK, SAMPLES = 24, 32, 8, 64
-# How far a curve may lie from the fp32 curve at any step, as a share of the initial loss: half
-# the spacing of the dtype's numbers.
+# Largest distance from the fp32 curve at any step, as a share of the initial loss: half the spacing
+# of the dtype's numbers.
 BAND = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16)}
 BAND[torch.float32] = 1e-5  # other orders of summation, 200 steps of AdamW
 
@@ -91,7 +91,7 @@ def test_the_curve_is_that_of_fp32(backend, dtype, device):
     if backend == "reference":
         assert (cores(model) - cores(exact)).norm() <= 4 * BAND[dtype] * moved
         return
-    # By the contract: twice as far from fp32 as eager PyTorch in the same dtype gets.
+    # By the contract: at most twice as far from fp32 as eager PyTorch in the same dtype.
     eager, *_ = problem(dtype, device)
     train(eager, x, y, "reference", steps)
     own = (cores(eager) - cores(exact)).norm()
@@ -100,7 +100,7 @@ def test_the_curve_is_that_of_fp32(backend, dtype, device):
 
 def test_theorems_on_the_way(device):
     """Small steps of plain gradient descent lower the loss each time (theorem 4); A and B stay
-    orthonormal, and nothing frozen changes a bit."""
+    orthonormal, and no frozen tensor changes a bit."""
     model, x, y = problem(torch.float32, device)
     frozen = {n: t.clone() for n, t in model.state_dict().items() if "lora_R" not in n}
     losses = train(model, x, y, "reference", 200, torch.optim.SGD, 0.05)
@@ -114,7 +114,7 @@ def test_theorems_on_the_way(device):
 
 
 def test_a_core_in_bf16_would_leave_the_curve(device):
-    """The band has teeth: small updates of a core that is rounded after each step are lost."""
+    """The band is tight enough to detect small updates lost by rounding the core each step."""
     model, x, y = problem(torch.float32, device)
     exact = copy.deepcopy(model)
 

@@ -48,7 +48,7 @@ def built(tmp_path_factory) -> tuple[set[str], set[str], Path]:
         "csrc",
         "tests",
         "tools",
-    ):  # the last two: to see that they stay out
+    ):  # the last two must not be in the result
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc", "*.so"))
     (folder / "lorasb_kernels" / "secrets.env").write_text("TOKEN=1")
     completed = subprocess.run(

@@ -1,6 +1,6 @@
-"""Whatever ends a run, the next start gives the unbroken run's curve or a clear error.
+"""However a run ends, the next start gives the curve of the uninterrupted run or a clear error.
 
-Never a silent restart, never half a checkpoint under a checkpoint's name, and no complete
+No silent restart, no partial checkpoint under a checkpoint's name, and no complete
 checkpoint is lost except by the rule that keeps a fixed number. `killed_runs` makes the faults.
 """
 
@@ -25,7 +25,7 @@ FILES = ("trained", "optimizer", "scheduler", "rng-0")
 
 
 def outcomes(model, folder, faults) -> tuple[dict, list[dict]]:
-    """The unbroken run, and what came of each fault."""
+    """The uninterrupted run, and the outcome of each fault."""
     completed = subprocess.run(
         [sys.executable, "-m", "tests.trust.killed_runs", model, folder, json.dumps(faults)],
         cwd=ROOT,
@@ -149,7 +149,7 @@ def test_other_rows_are_another_run(tmp_path):
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    """Files and folders under the names that `utils.files` gives what is not whole."""
+    """Files and folders under the names that `utils.files` gives to incomplete ones."""
     for path in (tmp_path / "data.json", tmp_path / "adapter" / "adapter.safetensors"):
         with replacing(path) as unfinished:
             shutil.copy(unfinished, f"{unfinished}2")

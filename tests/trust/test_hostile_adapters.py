@@ -1,8 +1,8 @@
-"""Adapters and base models that are damaged or made to harm.
+"""Adapters and base models that are damaged or malicious.
 
-Whatever the files hold, loading or merging either works or raises the documented error with a
-name in it, leaves the model as it was, writes nothing outside the output folder, runs no code
-and takes no more memory than the files.
+Whatever the files contain, loading or merging either works or raises the documented error with a
+name in it, leaves the model unchanged, writes nothing outside the output folder, runs no code and
+takes no more memory than the files.
 """
 
 import json
@@ -54,7 +54,7 @@ def originals(tmp_path_factory):
 
 
 def write_published(folder):
-    """An adapter as the published LoRA-SB code leaves it: peft's files and R."""
+    """An adapter as the published LoRA-SB code saves it: peft's files and R."""
     model = load_adapter(Layers(), folder.parent / "orthogonal")
     export_peft(model, folder)
     tensors = load_file(folder / TENSORS_FILE)
@@ -65,7 +65,7 @@ def write_published(folder):
 
 
 def restate(folder):
-    """Fingerprints that fit the files, as whoever made them would write them."""
+    """Fingerprints that fit the files, as an attacker would write them."""
     try:
         fingerprint = fingerprint_of(load_file(folder / SUBSPACE_FILE))
         record = json.loads((folder / CONFIG_FILE).read_text())
@@ -120,7 +120,7 @@ def check_merging(draw, originals, tmp_path):
     if draw(st.booleans()):
         restate(folder / "orthogonal")
     files = tree(folder)
-    with watched(folder):  # the output is built beside its place
+    with watched(folder):  # the output is built in a temporary folder next to it
         try:
             merge_checkpoint(folder / "base", folder / "orthogonal", folder / "out", progress=False)
         except NAMED as error:

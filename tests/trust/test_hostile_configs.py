@@ -1,4 +1,4 @@
-"""Settings that are broken or made to harm: a configuration or an error that names the field."""
+"""Broken or malicious settings give a configuration or an error that names the field."""
 
 import json
 

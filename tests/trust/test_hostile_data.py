@@ -1,4 +1,4 @@
-"""Training data that is broken, badly encoded or made to harm: usable rows or a DataError."""
+"""Broken, badly encoded or malicious training data gives usable rows or a DataError."""
 
 import csv
 import io

@@ -109,7 +109,7 @@ def test_threads_give_the_results_of_one(backend):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_one_model_with_shared_inputs_serves_several_threads(grad):
-    """Siblings that another thread overtakes compute for themselves."""
+    """Siblings that another thread overtakes compute their own outputs."""
     model = adapted(share_inputs=True)
     batch = batches("llama", count=4, seed=3)
 
@@ -123,7 +123,7 @@ def test_one_model_with_shared_inputs_serves_several_threads(grad):
 
 
 def test_threads_on_the_same_tensor():
-    """All layers of a group on one tensor: outputs are taken by whoever comes first."""
+    """All layers of a group on one tensor: the first thread takes the outputs."""
     layers = list(adapted_layers(adapted(share_inputs=True)).values())[:3]
     x = normal(5, 32, dtype=torch.float32, device=CPU)
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Every operation keeps the numerical contract wherever its operands come from.
+"""Every operation keeps the numerical contract on drawn operands.
 
 Sizes, ranks, strides, scalings, dropout and leading dimensions are drawn, and so are the size
-of the numbers (1e-20 to 1e20) and the places of NaN, infinities and denormals; `judging` says
-what is asked. On a GPU the same tests run there.
+of the numbers (1e-20 to 1e20) and the places of NaN, infinities and denormals; `judging` states
+the criteria. On a GPU the same tests run there.
 """
 
 import json

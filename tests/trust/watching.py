@@ -36,7 +36,7 @@ sys.addaudithook(_listen)
 def watched(folder: Path | None = None):
     """Asserts that the block writes nothing outside `folder` (None: nothing) and runs no code.
 
-    Call what is watched once before, or its first imports count as code that runs.
+    Call the watched code once before; otherwise its first imports count as code that runs.
     """
     global _seen
     _seen = []

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 @dataclass
 class Worst:
-    """Worst ratios of what may be, over `cases`; `fault` names what no tolerance excuses."""
+    """Worst ratios to the allowed error over `cases`; `fault`: an error that no tolerance allows."""
 
     cases: int = 0
     contract: float = 0.0
@@ -76,12 +76,12 @@ def poisoned_memory():
 
 @contextlib.contextmanager
 def emulation():
-    """Within, `backend="triton"` runs emulated PTX on CPU tensors."""
+    """Inside this context `backend="triton"` runs emulated PTX on CPU tensors."""
     from lorasb_kernels.ops import dispatch as backend
     from tests.aot.emulator import emulated
 
     own = backend.interpreting
-    backend.interpreting = lambda: True  # CPU tensors are let through
+    backend.interpreting = lambda: True  # CPU tensors are accepted
     try:
         with emulated(check_races=False, check_uninit=False, check_overlap=False):
             yield

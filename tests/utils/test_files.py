@@ -39,7 +39,7 @@ def test_permissions_are_those_of_a_plain_file(mask, tmp_path):
 
 
 def test_the_umask_of_the_process_is_never_changed(tmp_path, monkeypatch):
-    """Not for a moment: another thread might create a file in it."""
+    """Not even briefly: another thread might create a file in it."""
     set_to = []
     monkeypatch.setattr(os, "umask", lambda mask: set_to.append(mask) or 0o022)
     write_text(tmp_path / "file", "")
