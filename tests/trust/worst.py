@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 @dataclass
 class Worst:
-    """Worst ratios to the allowed error over `cases`; `fault`: an error that no tolerance allows."""
+    """Worst ratios to the allowed error over `cases`; `fault`: an error beyond any tolerance."""
 
     cases: int = 0
     contract: float = 0.0
