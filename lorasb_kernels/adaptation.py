@@ -167,6 +167,8 @@ def merge_and_unload(
                 raise ValueError(f"the adapter of {name} is not finite; nothing was merged")
     for name, layer in layers.items():
         layer.merge(safe_merge, **({"dequantize": dequantize} if name in quantized else {}))
+        if layer.shared_input is not None:
+            layer.shared_input.detach()
         model.set_submodule(name, layer.to_linear())
     if quantized and not any(map(quantization_of, model.modules())):
         _forget_quantizer(model)

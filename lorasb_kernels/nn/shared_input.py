@@ -1,19 +1,36 @@
-"""Layers that read the same input and are computed together (q, k, v; gate, up).
+"""Layers of one parent that read the same input and are computed together (q, k, v; gate, up).
 
-The first layer of a group that is called with an input computes the outputs of all of them in one
-`lorasb_group` call; the others return the cached outputs. A layer that is called with another input
-than its siblings computes only its own output, so a wrong guess about the model costs time but does
-not change results. Under `torch.compile` every layer computes its own output: a tensor's version
-cannot be read during tracing, so a change of the input between two siblings would not be noticed.
+What is shared is the projection alone: in a call of the parent, the first layer to see an input
+projects it for those of its siblings that have not been called yet, in one pass. Everything
+else a layer does when it is called, with what it is then: its frozen product, its expansion, its
+hooks, its autograd node. So there are only x, A, R and the settings to compare, and a layer takes
+its share of the projection if
+
+* the call of the parent in which it was computed is still going on, in this thread. Hooks of the
+  parent open and close it. A layer called otherwise computes for itself: what happens between
+  two calls, of the layers or of the parent, cannot make it wrong, and nothing is held.
+* x, A and R are the same tensors in the same memory at the same version, autocast, the
+  stream, the scaling and the backend as they were;
+* it has not been called before in this call.
+
+If not, it projects anew, for itself and for those still to come. Without a version (inference
+mode, `torch.compile`) and with dropout, where each layer has a mask of its own, every layer
+computes for itself. What no version shows, and so must not happen while the parent's forward runs,
+is a write through `x.data` or `lora_R.data` between two siblings.
+
+A sibling for which a projection was computed in vain, because it came with another input or not
+at all, as the keys of a cross-attention under an unknown name, is left to itself from then on.
 """
 
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from lorasb_kernels.functional import lorasb_group
 from lorasb_kernels.nn.adapted import AdaptedLinear
+from lorasb_kernels.ops.lorasb_linear import CommonInput
 
 # Children of one module that read the same tensor, in the supported architectures.
 SIBLINGS = (
@@ -27,89 +44,185 @@ SIBLINGS = (
 CROSS_ATTENTION = ("crossattention", "EncDecAttention", "encoder_attn", "cross_attn")
 
 
-@dataclass
-class _Pending:
-    """Outputs computed for `input` that their layers have not fetched yet."""
+class _Thread(threading.local):
+    """The call of the parent that is going on in this thread."""
 
-    input: torch.Tensor
-    state: tuple[bool, int | None]
-    outputs: dict[int, torch.Tensor]
+    call: "_Call | None" = None
 
 
-def _state(x: torch.Tensor) -> tuple[bool, int | None]:
-    """What must not have changed since the outputs were computed."""
-    return torch.is_grad_enabled(), None if x.is_inference() else x._version
-
-
-@dataclass
 class SharedInput:
-    """A group of adapted layers with one input; each layer holds it as `shared_input`."""
+    """The adapted layers of one parent that read one input; each has it as `shared_input`.
 
-    layers: list[AdaptedLinear]
-    _pending: _Pending | None = field(default=None, repr=False)
-    _stacked: tuple | None = field(default=None, repr=False)
+    Args:
+        layers: two or more.
+    """
+
+    def __init__(self, layers: list[AdaptedLinear]):
+        self.layers = layers
+        self._hooks: list[RemovableHandle] = []
+        self._thread = _Thread()
+        for layer in layers:
+            layer.shared_input = self
+
+    def attach(self, parent: nn.Module) -> None:
+        """Shares the input in calls of `parent` from now on."""
+        self._hooks += [
+            parent.register_forward_pre_hook(self.open),
+            parent.register_forward_hook(self.close, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Lets each layer compute for itself again; nothing where that is so already."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers:
+            layer.shared_input = None
+        self.layers, self._hooks = [], []
+
+    def open(self, *_) -> None:
+        """Begins a call of the parent, as its forward pre-hook."""
+        if not torch.compiler.is_compiling():
+            self._thread.call = _Call(self.layers) if len(self.layers) > 1 else None
+
+    def close(self, parent=None, args=(), output=None) -> None:
+        """Ends a call of the parent, as its forward hook; `output` is None after an error."""
+        if torch.compiler.is_compiling():
+            return
+        call, self._thread.call = self._thread.call, None
+        if call is not None and output is not None:
+            unused = call.unused()
+            self.layers = [layer for layer in self.layers if id(layer) not in unused]
 
     def forward(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """The output of `layer` for `x`; None if the layer has to compute it."""
-        if torch.compiler.is_compiling():
+        """The output of `layer` for `x`; None when it has to compute for itself."""
+        if torch.compiler.is_compiling() or (call := self._thread.call) is None:
             return None
-        pending, key = self._pending, id(layer)
-        if (
-            pending is not None
-            and pending.input is x
-            and pending.state == _state(x)
-            # Another thread may have taken it in the meantime; then this layer computes its own
-            # output.
-            and (output := pending.outputs.pop(key, None)) is not None
-        ):
-            if not pending.outputs:
-                self._pending = None
-            return output
-        self._pending = None
-        if layer is not self.layers[0] or any(member.merged for member in self.layers):
-            return None
-        outputs = self._compute(x)
-        waiting = {
-            id(member): output for member, output in zip(self.layers[1:], outputs[1:], strict=True)
-        }
-        self._pending = _Pending(x, _state(x), waiting)
-        return outputs[0]
-
-    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        leader = self.layers[0]
-        return lorasb_group(
-            x,
-            [layer.frozen_weight() for layer in self.layers],
-            [layer.lora_A for layer in self.layers],
-            [layer.core() for layer in self.layers],
-            [layer.lora_B for layer in self.layers],
-            [layer.bias for layer in self.layers],
-            leader.scaling,
-            leader.dropout,
-            leader.training,
-            leader.backend,
-            self._stacked_A(),
-        )
-
-    def _stacked_A(self) -> torch.Tensor | None:
-        """The stacked A's of the layers, cached until one of them changes.
-
-        None if they are trained: then each forward pass stacks them.
-        """
-        if "lora_A" in self.layers[0].trained:
-            return None
-        state = [(layer.lora_A, layer.lora_A._version) for layer in self.layers]
-        if self._stacked is not None:
-            known, stacked = self._stacked
-            if all(a is b and v == w for (a, v), (b, w) in zip(state, known, strict=True)):
-                return stacked
-        with torch.inference_mode(False):  # it may be used for training later
-            stacked = torch.cat([tensor for tensor, _ in state])
-        self._stacked = (state, stacked)
-        return stacked
+        return call.output(layer, x)
 
     def __getstate__(self) -> dict:
-        return {"layers": self.layers, "_pending": None, "_stacked": None}
+        return {"layers": self.layers, "_hooks": self._hooks}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._thread = _Thread()
+
+
+@dataclass
+class _Projection:
+    """An input projected for several layers, and what it was computed from."""
+
+    common: CommonInput
+    x: torch.Tensor
+    x_state: tuple
+    states: dict[int, tuple]  # by id(layer), for the layers that have not come yet
+    order: dict[int, int]
+    factors: list[torch.Tensor]  # kept alive: a state holds their ids
+
+    def take(self, layer: AdaptedLinear, x: torch.Tensor) -> int | None:
+        """The layer's number, if this is the projection that it would compute."""
+        key = id(layer)
+        if self.x is not x or key not in self.states or self.x_state != _input_state(x):
+            return None
+        return self.order[key] if self.states.pop(key) == _layer_state(layer) else None
+
+
+class _Call:
+    """A call of the parent: the layers not called yet, and the last projection."""
+
+    def __init__(self, layers: list[AdaptedLinear]):
+        self.waiting = {id(layer): layer for layer in layers}
+        self.projection: _Projection | None = None
+        self._unused: set[int] = set()
+
+    def unused(self) -> set[int]:
+        """The layers, by id, for which the input of another one was projected in vain."""
+        return self._unused | (self.projection.states.keys() if self.projection else set())
+
+    def output(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor | None:
+        if self.waiting.pop(id(layer), None) is None or not _shareable(layer, x):
+            return None
+        index = None if self.projection is None else self.projection.take(layer, x)
+        if index is None:
+            if self.projection is not None and self.projection.x is not x:
+                self._unused |= self.projection.states.keys()
+            self.projection = self._project(layer, x)
+            if self.projection is None:
+                return None
+            index = self.projection.take(layer, x)
+        common = self.projection.common
+        if not self.projection.states:
+            self.projection = None
+        operands = common.operands(
+            layer.frozen_weight(), layer.lora_A, layer.core(), layer.lora_B, layer.bias
+        )
+        return common.output(index, x, *operands)
+
+    def _project(self, first: AdaptedLinear, x: torch.Tensor) -> _Projection | None:
+        settings = _settings(first)
+        others = [
+            layer
+            for layer in self.waiting.values()
+            if _shareable(layer, x) and _settings(layer) == settings
+        ]
+        if not others:
+            return None
+        layers = [first, *others]
+        As, Rs = ([getattr(layer, name) for layer in layers] for name in ("lora_A", "lora_R"))
+        sizes = [layer.out_features for layer in layers]
+        return _Projection(
+            CommonInput(x, As, Rs, sizes, first.scaling, first.backend),
+            x,
+            _input_state(x),
+            {id(layer): _layer_state(layer) for layer in layers},
+            {id(layer): index for index, layer in enumerate(layers)},
+            [*As, *Rs],
+        )
+
+
+def _shareable(layer: AdaptedLinear, x: torch.Tensor) -> bool:
+    """Whether a projection of `x` by `layer` can be compared later with what it came from."""
+    if layer.merged or (layer.training and layer.dropout > 0):
+        return False
+    if torch.is_inference_mode_enabled():
+        return False
+    tensors = [x, *_factors(layer)]
+    return all(
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.device == x.device
+        and not tensor.is_inference()
+        for tensor in tensors
+    )
+
+
+def _factors(layer: AdaptedLinear) -> list[torch.Tensor]:
+    return [layer.lora_A] if layer.lora_R is None else [layer.lora_A, layer.lora_R]
+
+
+def _settings(layer: AdaptedLinear) -> tuple:
+    """What layers that are projected together must have in common."""
+    shapes = [(factor.shape, factor.dtype) for factor in _factors(layer)]
+    return (layer.scaling, layer.backend, *shapes)
+
+
+def _layer_state(layer: AdaptedLinear) -> tuple:
+    return (layer.scaling, layer.backend, *map(_tensor_state, _factors(layer)))
+
+
+def _tensor_state(tensor: torch.Tensor) -> tuple:
+    return (id(tensor), tensor._version, tensor.data_ptr())
+
+
+def _input_state(x: torch.Tensor) -> tuple:
+    device = x.device.type
+    return (
+        *_tensor_state(x),
+        x.shape,
+        x.stride(),
+        x.requires_grad,
+        x.grad_fn,
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        torch.cuda.current_stream(x.device) if x.is_cuda else None,
+    )
 
 
 def share_inputs(model: nn.Module) -> list[SharedInput]:
@@ -128,10 +241,10 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
         for siblings in SIBLINGS:
             layers = [getattr(parent, child, None) for child in siblings]
             if len(set(map(type, layers))) == 1 and isinstance(layers[0], AdaptedLinear):
-                group = SharedInput(layers)
-                for layer in layers:
-                    layer.shared_input = group
-                groups.append(group)
+                if layers[0].shared_input is not None:
+                    layers[0].shared_input.detach()
+                groups.append(SharedInput(layers))
+                groups[-1].attach(parent)
     return groups
 
 

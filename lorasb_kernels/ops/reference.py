@@ -44,6 +44,12 @@ def shrink(x, lora_A, lora_R, scaling, dropout, seed):
     return h, p.to(x.dtype)
 
 
+def shrink_group(x, lora_As, lora_Rs, scaling):
+    """The h and p of several layers on one x, [G, M, r] each: those of `shrink`, layer by layer."""
+    layers = [shrink(x, A, R, scaling, 0.0, None) for A, R in zip(lora_As, lora_Rs, strict=True)]
+    return tuple(torch.stack(outputs) for outputs in zip(*layers, strict=True))
+
+
 @autocast_disabled
 def expand(x, weight, p, factor, bias, dropout, seed):
     """y = x Wᵀ + drop(p Bᵀ) + bias [M, m]: the frozen product, and the expansion added in place.
@@ -122,6 +128,7 @@ __all__ = [
     "factor_gradient",
     "pack_signs",
     "shrink",
+    "shrink_group",
     "sign_accumulate",
     "sign_gradient",
     "sign_matmul",

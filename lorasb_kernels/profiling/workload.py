@@ -74,9 +74,7 @@ def adapted_layers(
             setattr(layer, name, factor)
         layers.append(layer)
     if shared and len(layers) > 1:
-        siblings = SharedInput(layers)
-        for layer in layers:
-            layer.shared_input = siblings
+        SharedInput(layers)  # which the layers hold
     return layers
 
 
@@ -160,6 +158,20 @@ class Workload:
         ]
 
 
+class Siblings(nn.ModuleList):
+    """The layers that read one input, which they share where they are a `SharedInput`."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__(layers)
+        shared_input = getattr(layers[0], "shared_input", None)
+        if shared_input is not None:
+            shared_input.attach(self)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs in order."""
+        return [layer(x) for layer in self]
+
+
 class Run:
     """One way to compute a workload; `forward`, `backward` and `both` are calls to time.
 
@@ -168,16 +180,16 @@ class Run:
 
     def __init__(self, build: Build, workload: Workload):
         self.copies = workload.copies
-        self.modules = [[build(group) for group in copy.groups] for copy in self.copies]
+        self.modules = [[Siblings(build(group)) for group in copy.groups] for copy in self.copies]
         self._outputs: dict[int, list[torch.Tensor]] = {}
 
     def forward(self, i: int) -> list[torch.Tensor]:
         """All outputs, in the order of the layers."""
         i %= len(self.copies)
         return [
-            module(x)
-            for x, modules in zip(self.copies[i].inputs, self.modules[i], strict=True)
-            for module in modules
+            y
+            for x, siblings in zip(self.copies[i].inputs, self.modules[i], strict=True)
+            for y in siblings(x)
         ]
 
     def leaves(self, i: int) -> list[torch.Tensor]:
@@ -185,9 +197,8 @@ class Run:
         i %= len(self.copies)
         trained = [
             parameter
-            for modules in self.modules[i]
-            for module in modules
-            for parameter in module.parameters()
+            for siblings in self.modules[i]
+            for parameter in siblings.parameters()
             if parameter.requires_grad
         ]
         return [*self.copies[i].inputs, *trained]
@@ -213,9 +224,8 @@ class Run:
         """Bytes that forward keeps for backward, including inputs, without weights and adapters."""
         constant = {
             tensor.untyped_storage().data_ptr()
-            for modules in self.modules[0]
-            for module in modules
-            for tensor in (*module.parameters(), *module.buffers())
+            for siblings in self.modules[0]
+            for tensor in (*siblings.parameters(), *siblings.buffers())
         }
         for operands in (layer for group in self.copies[0].groups for layer in group):
             tensors = (operands.weight, operands.lora_A, operands.lora_R, operands.lora_B)

@@ -1,84 +1,13 @@
-"""Sibling layers computed together: the same results, one pass over the input."""
+"""Sibling layers of real models computed together: the same results, one pass over the input."""
 
 import copy
 
 import pytest
 import torch
 
-from lorasb_kernels import LoRASBConfig, adapt
-from lorasb_kernels.functional import lorasb_group, lorasb_linear
+from lorasb_kernels import LoRASBConfig, adapt, merge_and_unload
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
-
-
-def operands(count=3, n=24, r=4, rows=7, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    sizes = [16, 8, 20][:count]
-    return normal(rows, n).requires_grad_(), {
-        "weights": [normal(m, n) for m in sizes],
-        "lora_As": [normal(r, n) for _ in sizes],
-        "lora_Rs": [normal(r, r).requires_grad_() for _ in sizes],
-        "lora_Bs": [normal(m, r) for m in sizes],
-        "biases": [None if i == 1 else normal(m) for i, m in enumerate(sizes)],
-    }
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_group_equals_its_layers(count):
-    x, lists = operands(count)
-    ys = lorasb_group(x, **lists, scaling=0.5)
-    dys = [torch.randn_like(y) for y in ys]
-    gradients = torch.autograd.grad(ys, [x, *lists["lora_Rs"]], dys)
-    separate = [
-        lorasb_linear(x, *layer, scaling=0.5) for layer in zip(*lists.values(), strict=True)
-    ]
-    expected = torch.autograd.grad(separate, [x, *lists["lora_Rs"]], dys)
-    torch.testing.assert_close(ys, tuple(separate))
-    torch.testing.assert_close(gradients, expected)
-
-
-def test_gradcheck():
-    x, lists = operands()
-
-    def function(x, *cores):
-        torch.manual_seed(0)
-        return lorasb_group(x, **{**lists, "lora_Rs": cores}, dropout=0.3)
-
-    assert torch.autograd.gradcheck(function, (x, *lists["lora_Rs"]))
-
-
-def test_an_unused_output_has_no_influence():
-    x, lists = operands()
-    ys = lorasb_group(x, **lists)
-    gradient, core = torch.autograd.grad(ys[1].sum(), [x, lists["lora_Rs"][0]])
-    layer = [values[1] for values in lists.values()]
-    (expected,) = torch.autograd.grad(lorasb_linear(x, *layer).sum(), x)
-    torch.testing.assert_close(gradient, expected)
-    assert not core.any()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weights": []}, "weights is empty"),
-        ({"lora_As": []}, "lora_As has 0 items; expected 3"),
-        ({"stack": True}, "expected at most 512 ranks in all"),
-        ({"ranks": True}, r"lora_As have ranks \[3, 4\]; expected one rank"),
-    ],
-)
-def test_bad_lists_are_named(change, message):
-    x, lists = operands(r=200 if "stack" in change else 4)
-    if "ranks" in change:
-        lists["lora_Rs"][0] = torch.ones(3, 3).double()
-        lists["lora_As"][0] = lists["lora_As"][0][:3]
-        lists["lora_Bs"][0] = lists["lora_Bs"][0][:, :3]
-    lists |= {name: value for name, value in change.items() if name in lists}
-    with pytest.raises(ValueError, match=message):
-        lorasb_group(x, **lists)
 
 
 def grouped_and_not(architecture, **fields):
@@ -122,47 +51,72 @@ def test_models_compute_the_same_with_groups(architecture):
     for name, layer in adapted_layers(plain).items():
         ours = grouped.get_submodule(name).lora_R.grad
         torch.testing.assert_close(ours, layer.lora_R.grad, rtol=1e-4, atol=1e-6)
-    assert all(group._pending is None for group in groups.values())
+    assert all(group._thread.call is None for group in groups.values())
 
 
-def count_shrinks(monkeypatch):
-    from lorasb_kernels.ops.lorasb_linear import autograd
+def count_projections(monkeypatch):
+    """Appends the number of layers of each projection to the list returned."""
+    from lorasb_kernels.ops.lorasb_linear import autograd, siblings
 
-    calls, shrink = [], autograd.shrink
+    calls, shrink, shrink_group = [], autograd.shrink, siblings.shrink_group
 
     def counting(*arguments):
-        calls.append(arguments[1].shape[0])
+        calls.append(1)
         return shrink(*arguments)
 
+    def counting_group(x, lora_As, *arguments):
+        calls.append(len(lora_As))
+        return shrink_group(x, lora_As, *arguments)
+
     monkeypatch.setattr(autograd, "shrink", counting)
+    monkeypatch.setattr(siblings, "shrink_group", counting_group)
     return calls
 
 
-def test_the_input_is_shrunk_once_for_all_siblings(monkeypatch):
+def test_the_input_is_projected_once_for_all_siblings(monkeypatch):
     _, grouped = grouped_and_not("llama")
-    calls = count_shrinks(monkeypatch)
-    grouped(**batches("llama")[0])
-    assert calls == [12, 4, 8, 4] * 2  # q k v, o, gate up, down
+    calls = count_projections(monkeypatch)
+    batch = batches("llama")[0]
+    grouped(**batch).loss.backward()
+    with torch.no_grad():
+        grouped(**batch)
+    assert calls == [3, 1, 2, 1] * 4  # q k v, o, gate up, down
 
 
-def test_another_input_is_computed_alone(monkeypatch):
+def test_layers_called_outside_their_parent_compute_for_themselves(monkeypatch):
+    _, grouped = grouped_and_not("llama")
+    calls = count_projections(monkeypatch)
+    attention = grouped.model.layers[0].self_attn
+    x = torch.randn(2, 3, 32)
+    attention.q_proj(x), attention.k_proj(x)
+    assert calls == [1, 1]
+
+
+def test_a_sibling_that_reads_something_else_leaves_the_group(monkeypatch):
+    """As under cross-attention: what is projected in vain is so once."""
     _, grouped = grouped_and_not("llama")
     attention = grouped.model.layers[0].self_attn
-    x, other = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
-    attention.q_proj(x)
-    layer = attention.k_proj
-    expected = lorasb_linear(
-        other, layer.weight, layer.lora_A, layer.lora_R, layer.lora_B, layer.bias
-    )
-    torch.testing.assert_close(layer(other), expected)
-    assert attention.q_proj.shared_input._pending is None
-    changed = x.clone()
-    attention.q_proj(changed)
-    changed.add_(1)
-    expected = lorasb_linear(
-        changed, layer.weight, layer.lora_A, layer.lora_R, layer.lora_B, layer.bias
-    )
-    torch.testing.assert_close(layer(changed), expected)
+    attention.forward = lambda x, other: [
+        attention.q_proj(x),
+        attention.k_proj(other),
+        attention.v_proj(other),
+    ]
+    calls = count_projections(monkeypatch)
+    x, other = torch.randn(2, 3, 32), torch.randn(2, 5, 32)
+    for _ in range(3):
+        attention(x, other)
+    assert calls == [3, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_sibling_that_is_not_called_leaves_the_group(monkeypatch):
+    _, grouped = grouped_and_not("llama")
+    attention = grouped.model.layers[0].self_attn
+    attention.forward = lambda x: [attention.q_proj(x), attention.v_proj(x)]
+    calls = count_projections(monkeypatch)
+    x = torch.randn(2, 3, 32)
+    for _ in range(3):
+        attention(x)
+    assert calls == [3, 2, 2]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -194,6 +148,29 @@ def test_training_merging_copying_and_generating():
     grouped.model.layers[0].self_attn.k_proj.merge()
     torch.testing.assert_close(grouped(**batch).logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(twin(**batch).logits, expected)
+
+
+def test_merging_for_good_leaves_nothing_behind():
+    _, grouped = grouped_and_not("llama")
+    batch = batches("llama")[0]
+    expected = grouped(**batch).logits
+    merge_and_unload(grouped)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in grouped.modules())
+    torch.testing.assert_close(grouped(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_shares_its_own_inputs(monkeypatch):
+    _, grouped = grouped_and_not("llama")
+    expected = grouped(**batches("llama")[0]).logits
+    twin = copy.deepcopy(grouped)
+    for layer in adapted_layers(grouped).values():
+        torch.nn.init.ones_(layer.lora_R)
+    calls = count_projections(monkeypatch)
+    torch.testing.assert_close(twin(**batches("llama")[0]).logits, expected, rtol=0, atol=0)
+    assert calls == [3, 1, 2, 1] * 2
+    twin.model.layers[0].mlp.up_proj.shared_input.detach()
+    assert not twin.model.layers[0].mlp._forward_hooks
+    assert grouped.model.layers[0].mlp._forward_hooks
 
 
 def test_a_new_subspace_is_noticed():

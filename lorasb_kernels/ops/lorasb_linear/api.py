@@ -7,8 +7,15 @@ import torch
 from lorasb_kernels.ops.dispatch import resolve_backend
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
-from lorasb_kernels.ops.lorasb_linear.checks import check_arguments, check_backend
+from lorasb_kernels.ops.lorasb_linear.checks import check_backend, check_layer, check_lists
 from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
+from lorasb_kernels.ops.lorasb_linear.operands import (
+    as_rows,
+    cast_input,
+    cast_layer,
+    core_or_identity,
+)
+from lorasb_kernels.ops.lorasb_linear.siblings import CommonInput
 
 
 def lorasb_linear(
@@ -58,19 +65,26 @@ def lorasb_linear(
         RuntimeError: a named backend that cannot run here; `"cuda"` with dropout before a
             trained `lora_A`.
     """
-    (y,) = lorasb_group(
-        x,
-        (weight,),
-        (lora_A,),
-        (lora_R,),
-        (lora_B,),
-        (bias,),
-        scaling,
+    if isinstance(x, torch.Tensor):
+        weight, lora_A, lora_B, bias = cast_layer(x, weight, lora_A, lora_B, bias)
+        x = cast_input(x)
+    check_layer(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout)
+    backend = resolve_backend(backend, x.device, x.dtype)
+    dropout = float(dropout) if training else 0.0
+    check_backend(backend, lora_A, dropout)
+    y = LoRASBFunction.apply(
+        as_rows(x),
+        lora_A,
+        core_or_identity(lora_R, lora_A, x.dtype),
+        lora_B,
+        weight,
+        bias,
+        float(scaling),
         dropout,
-        training,
+        new_seed(x.device) if dropout > 0 else None,
         backend,
     )
-    return y
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def lorasb_group(
@@ -84,21 +98,18 @@ def lorasb_group(
     dropout: float = 0.0,
     training: bool = True,
     backend: str = "auto",
-    stacked_A: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Applies G adapted layers that read the same input (q, k, v; gate, up).
 
-    Equals G calls of `lorasb_linear`, but reads `x` once for all adapters and adds up the input
-    gradients in place. With dropout the layers share one mask. They also share the product with R,
-    so if one layer's factors or `x Aᵢᵀ` are not finite, all outputs are non-finite.
+    Equals G calls of `lorasb_linear`, but projects `x` in one pass for all adapters and adds up
+    the input gradients in place. With dropout, where each layer has a mask of its own, and under
+    `torch.compile` it makes these calls. Backward may run through the outputs one by one.
 
     Args:
         x: [..., n].
         weights, lora_As, lora_Rs, lora_Bs, biases: the operands of each layer, as
-            `lorasb_linear` takes them; one rank r with G·r ≤ 512, any numbers of outputs.
+            `lorasb_linear` takes them; one rank r, any numbers of outputs.
         scaling, dropout, training, backend: as in `lorasb_linear`, common to the layers.
-        stacked_A: `torch.cat(lora_As)`, [G·r, n], if the caller keeps it; ignored if one of
-            them is trained.
 
     Returns:
         One [..., mᵢ] tensor for each layer.
@@ -107,49 +118,15 @@ def lorasb_group(
         ValueError: lists of different lengths, or different ranks.
         TypeError, ValueError, RuntimeError: as `lorasb_linear`.
     """
-    device_type = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        x = x.to(dtype)
-        weights = [w if isinstance(w, FrozenLayer) else w.to(dtype) for w in weights]
-        lora_As, lora_Bs = ([_under_autocast(f, dtype) for f in fs] for fs in (lora_As, lora_Bs))
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
-        stacked_A = None if stacked_A is None else _under_autocast(stacked_A, dtype)
-    check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout)
-    backend = resolve_backend(backend, x.device, x.dtype)
-    check_backend(backend, lora_As, dropout if training else 0.0)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    dropout = float(dropout) if training else 0.0
-    seed = new_seed(x.device) if dropout > 0 else None
-    if stacked_A is None or any(lora_A.requires_grad for lora_A in lora_As):
-        stacked_A = lora_As[0] if len(lora_As) == 1 else torch.cat(tuple(lora_As))
-    # Without a core R is the identity. Applied in registers it adds a share of r/n to the work of a
-    # memory-bound kernel, and every backend's kernels run LoRA unchanged.
-    identity = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
-    cores = [
-        torch.eye(lora_A.shape[0], **identity) if lora_R is None else lora_R
-        for lora_A, lora_R in zip(lora_As, lora_Rs, strict=True)
-    ]
-    ys = LoRASBFunction.apply(
-        rows,
-        stacked_A,
-        float(scaling),
-        dropout,
-        seed,
-        backend,
-        *cores,
-        *weights,
-        *lora_Bs,
-        *biases,
-    )
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
-
-
-def _under_autocast(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The factor in `dtype`; an fp32 factor is returned as it is and gets an fp32 gradient."""
-    return factor if factor.dtype == torch.float32 else factor.to(dtype)
+    check_lists(x, weights, lora_As, lora_Rs, lora_Bs, biases)
+    layers = list(zip(weights, lora_As, lora_Rs, lora_Bs, biases, strict=True))
+    if len(layers) == 1 or (training and dropout > 0) or torch.compiler.is_compiling():
+        settings = (scaling, dropout, training, backend)
+        return tuple(lorasb_linear(x, *layer, *settings) for layer in layers)
+    sizes = [weight.shape[0] for weight in weights]
+    common = CommonInput(x, lora_As, lora_Rs, sizes, scaling, backend)
+    operands = [common.operands(*layer) for layer in layers]
+    return tuple(common.output(index, x, *layer) for index, layer in enumerate(operands))
 
 
 __all__ = ["lorasb_group", "lorasb_linear"]

@@ -9,34 +9,8 @@ from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
 from lorasb_kernels.ops.precision import FLOAT_DTYPES
 
 
-def check_arguments(x, weights, lora_As, lora_Rs, lora_Bs, biases, scaling, dropout) -> None:
-    """Checks the operands of every layer on `x`; the lists are those of `lorasb_group`."""
-    lists = {"lora_As": lora_As, "lora_Rs": lora_Rs, "lora_Bs": lora_Bs, "biases": biases}
-    if not weights:
-        raise ValueError("weights is empty; expected at least one layer")
-    for name, values in lists.items():
-        if len(values) != len(weights):
-            raise ValueError(f"{name} has {len(values)} items; expected {len(weights)}")
-    for weight, lora_A, lora_R, lora_B, bias in zip(weights, *lists.values(), strict=True):
-        _check_layer(x, weight, lora_A, lora_R, lora_B, bias)
-    ranks = {lora_A.shape[0] for lora_A in lora_As}
-    if len(ranks) > 1:
-        raise ValueError(f"lora_As have ranks {sorted(ranks)}; expected one rank")
-    if len(weights) * max(ranks) > MAX_RANK:
-        raise ValueError(
-            f"lora_As has {len(weights)} layers of rank {max(ranks)}; "
-            f"expected at most {MAX_RANK} ranks in all"
-        )
-    for name, value in (("scaling", scaling), ("dropout", dropout)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
-    if not abs(scaling) < math.inf:  # NaN too; traceable when torch.compile makes it symbolic
-        raise ValueError(f"scaling is {scaling}; expected a finite number")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
-
-
-def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
+def check_layer(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout) -> None:
+    """Checks the arguments of `lorasb_linear`."""
     frozen = isinstance(weight, FrozenLayer)
     if frozen:
         if bias is not None:
@@ -58,6 +32,30 @@ def _check_layer(x, weight, lora_A, lora_R, lora_B, bias) -> None:
                 f"{name} requires grad; expected it frozen: only x and the adapter's factors "
                 "have gradients here"
             )
+    for name, value in (("scaling", scaling), ("dropout", dropout)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
+    if not abs(scaling) < math.inf:  # NaN too; traceable when torch.compile makes it symbolic
+        raise ValueError(f"scaling is {scaling}; expected a finite number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
+
+
+def check_lists(x, weights, lora_As, lora_Rs, lora_Bs, biases) -> None:
+    """Checks what the lists of `lorasb_group` have in common; not yet the layers."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a torch.Tensor")
+    if x.dim() < 1:
+        raise ValueError("x has shape (); expected [..., n]")
+    lists = {"lora_As": lora_As, "lora_Rs": lora_Rs, "lora_Bs": lora_Bs, "biases": biases}
+    if not weights:
+        raise ValueError("weights is empty; expected at least one layer")
+    for name, values in lists.items():
+        if len(values) != len(weights):
+            raise ValueError(f"{name} has {len(values)} items; expected {len(weights)}")
+    ranks = {lora_A.shape[0] for lora_A in lora_As}
+    if len(ranks) > 1:
+        raise ValueError(f"lora_As have ranks {sorted(ranks)}; expected one rank")
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor]) -> None:
@@ -102,13 +100,13 @@ def _check_dtypes(tensors: dict[str, torch.Tensor], any_factor: bool) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {names}")
 
 
-def check_backend(backend: str, lora_As, dropout: float) -> None:
+def check_backend(backend: str, lora_A, dropout: float) -> None:
     """Raises RuntimeError if `backend` cannot compute the gradient of a trained factor."""
-    if backend == "cuda" and dropout > 0 and any(lora_A.requires_grad for lora_A in lora_As):
+    if backend == "cuda" and dropout > 0 and lora_A.requires_grad:
         raise RuntimeError(
             "backend='cuda' cannot run: its kernel for the gradient of lora_A has no dropout; "
             "expected lora_A frozen, dropout = 0 or another backend"
         )
 
 
-__all__ = ["check_arguments", "check_backend"]
+__all__ = ["check_backend", "check_layer", "check_lists"]

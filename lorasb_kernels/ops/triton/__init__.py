@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 IMPLEMENTATIONS = {
     "shrink": "projection.project",
+    "shrink_group": "projection.project_group",
     "expand": "expand.expand",
     "core_backward": "core_backward.core_backward",
     "factor_gradient": "factor_gradient.factor_gradient",
