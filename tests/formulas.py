@@ -92,9 +92,12 @@ def lorasb_linear(
     return y, dx, dR
 
 
-def lorasb_group(rounded, x, layers, scaling, dropout, seed):
+def lorasb_group(rounded, x, layers, scaling, dropout, seeds):
     """Outputs, the summed input gradient and the gradients of R of layers that read one x."""
-    results = [lorasb_linear(rounded, x, *layer, scaling, dropout, seed) for layer in layers]
+    results = [
+        lorasb_linear(rounded, x, *layer, scaling, dropout, seed)
+        for layer, seed in zip(layers, seeds, strict=True)
+    ]
     ys, dxs, dRs = zip(*results, strict=True)
     dx = dxs[0]
     for other in dxs[1:]:

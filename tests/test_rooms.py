@@ -37,8 +37,9 @@ LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 BACKENDS = ("reference", "triton", "extension")  # in ops; `extension` loads the CUDA library
 NOT_INSTALLED = ("bench", "csrc", "docs", "examples", "setup", "tests", "tools")
 
-# `factor_gradient` runs the kernel of `sign_accumulate`, a mode of that of `sign_gradient`.
-CUDA_TWIN = {"factor_gradient": "sign_accumulate"}
+# `factor_gradient` runs the kernel of `sign_accumulate`, a mode of that of `sign_gradient`;
+# `shrink_group` that of `shrink` layer by layer.
+CUDA_TWIN = {"factor_gradient": "sign_accumulate", "shrink_group": "shrink"}
 CUDA_FILE = {"sign_accumulate": "sign_gradient"}
 
 

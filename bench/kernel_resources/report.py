@@ -114,10 +114,13 @@ def _projections(arch: str, dtype: torch.dtype):
     for r in RANKS:
         width, tiles = rank_tiles(r)
         tile = projection_tile(arch, dtype, r)
-        for split, dropout in ((False, False), (True, False), (True, True)):
+        # split, dropout, layers
+        for split, dropout, layers in ((0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 0, 3), (1, 0, 3)):
             arguments = {
                 **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr", "p_ptr"), "*"),
                 "r_ptr": "*fp32",
+                **dict.fromkeys(("a_second_ptr", "a_third_ptr"), "*" if layers > 1 else None),
+                **dict.fromkeys(("r_second_ptr", "r_third_ptr"), "*fp32" if layers > 1 else None),
                 "partial_ptr": "*fp32" if split else None,
                 "arrived_ptr": "*i32" if split else None,
                 "seed_ptr": "*i64" if dropout else None,
@@ -137,12 +140,14 @@ def _projections(arch: str, dtype: torch.dtype):
                 "threshold": 2**31 + 1,
             }
             constants = {
-                "DROPOUT": dropout,
-                "SPLIT": split,
+                "DROPOUT": bool(dropout),
+                "SPLIT": bool(split),
+                "LAYERS": layers,
                 "RANK_TILES": tiles,
                 "BLOCK_R": width,
             }
             case = f"r={r}" + (", split" if split else "") + (", dropout" if dropout else "")
+            case += f", {layers} layers" if layers > 1 else ""
             yield case, tile, arguments, constants
 
 

@@ -14,6 +14,7 @@ from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.factor_gradient import factor_gradient
 from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
 from lorasb_kernels.ops.triton.projection import project as shrink
+from lorasb_kernels.ops.triton.projection import project_group
 from lorasb_kernels.ops.triton.tiles import (
     ExpandTile,
     expand_tile,
@@ -72,6 +73,19 @@ def check_shrink(arch):
         arguments = shrink_arguments(M, n, r, dropout)
         with emulated(arch, multiprocessors=1):
             compare("shrink", shrink(*arguments), *arguments)
+
+
+def check_shrink_group(arch):
+    """Three layers in one launch and a fourth in another, split over n or not; x from far away."""
+    for M, n, r, layers in ((40, 256, 24, 3), (75, 900, 96, 2), (3, 130, 200, 4)):
+        x = bf16(M, n)
+        As = [bf16(r, n, seed=i) / math.sqrt(n) for i in range(layers)]
+        cores = [core_of(r) * (1 + i) for i in range(layers)]
+        with emulated(arch):
+            h, p = project_group(x, As, cores, SCALING)
+        for layer in range(layers):
+            arguments = (x, As[layer], cores[layer], SCALING, 0.0, None)
+            compare("shrink", (h[layer], p[layer]), *arguments)
 
 
 def check_split_shrink(arch):

@@ -22,7 +22,14 @@ DEFAULT = {
         *("sign_gradient", "pack_signs", "sign_matmul", "faults"),
     ),
     "sm_90": (
-        *("split_shrink", "core_backward", "expand", "expand_descriptor", "sign_gradient"),
+        *(
+            "shrink_group",
+            "split_shrink",
+            "core_backward",
+            "expand",
+            "expand_descriptor",
+            "sign_gradient",
+        ),
         "faults",
     ),
 }

@@ -18,9 +18,11 @@ def arguments(operation: str, device: torch.device, dropout: bool) -> tuple:
     def tensor(*shape):
         return normal(*shape, dtype=torch.float32, device=device)
 
+    As, Rs = ([tensor(R, columns) for _ in range(2)] for columns in (K, R))
     p, seed = (0.25, dropout_seed(device)) if dropout else (0.0, None)
     return {
         "shrink": (tensor(M, K), tensor(R, K), tensor(R, R), 0.5, p, seed),
+        "shrink_group": (tensor(M, K), As, Rs, 0.5),
         "core_backward": (tensor(M, N), tensor(M, R), tensor(N, R), tensor(R, R), 0.5),
         "factor_gradient": (tensor(M, R), tensor(M, K), p, seed),
         "expand": (tensor(M, K), tensor(N, K), tensor(M, R), tensor(N, R), None, p, seed),
@@ -34,6 +36,8 @@ def arguments(operation: str, device: torch.device, dropout: bool) -> tuple:
         *itertools.product(["shrink", "core_backward", "expand"], BACKENDS),
         # CUDA's is sign_accumulate, which is checked with the signs.
         *itertools.product(["factor_gradient"], ["reference", "triton"]),
+        # CUDA's is shrink, layer by layer.
+        *itertools.product(["shrink_group"], ["reference", "triton"]),
     ],
     indirect=["backend"],
 )

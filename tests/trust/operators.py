@@ -146,16 +146,13 @@ def try_lorasb_linear(case: Case, backend: str) -> list[Verdict]:
 
 
 def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
-    """Two or three layers on one input.
-
-    Their factors are finite and of size 1, and no x Aᵀ overflows: the layers share one product
-    with R, through which non-finite values reach the siblings.
-    """
+    """One to three layers on one input, each with a dropout mask of its own."""
     tokens, n, r = leading_dimensions(case), case.draw(draws.sizes(70)), case.draw(draws.ranks(20))
     x = case.operand(*tokens, n, layouts=ANY, largest=False).requires_grad_()
     layers = [layer(case, tokens, n, r, plain=True) for _ in range(case.draw(st.integers(1, 3)))]
     s = case.draw(draws.scalings())
     dropout, seed = case.dropout()
+    seeds = [seed, *(new_seed(case.device) if dropout else None for _ in layers[1:])]
     weights, As, Rs, Bs, biases, dys = zip(*layers, strict=True)
 
     def run():
@@ -166,7 +163,7 @@ def try_lorasb_group(case: Case, backend: str) -> list[Verdict]:
 
     case_seed = case.seed
     flat = [(*frozen, dy.reshape(-1, dy.shape[-1])) for *frozen, dy in layers]
-    return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, dropout, seed)
+    return judged(case, run, formulas.lorasb_group, x.reshape(-1, n), flat, s, dropout, seeds)
 
 
 def try_lora(case: Case, backend: str) -> list[Verdict]:

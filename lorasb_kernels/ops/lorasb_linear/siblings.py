@@ -68,7 +68,7 @@ class CommonInput:
         backend: str,
     ):
         with torch.no_grad():
-            self.rows = as_rows(cast_input(x))  # [M, n]
+            self.rows = as_rows(cast_input(x.detach()))  # [M, n]
         self._factors = (lora_As, lora_Rs)
         self._sizes, self._scaling, self._backend = tuple(sizes), scaling, backend
         self._projected: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None

@@ -15,6 +15,10 @@ Reads x once (M·n elements); A is read from L2 by every row tile. Writes h and 
 * With few rows the columns of x are split over blocks. Each stores its partial `h`; the last block
   to arrive adds the partials in the order of their index and finishes. The order of arrival decides
   which block adds, not the order of the sum: the same bits on every run, in one launch.
+* Layers that read the same x (`shrink_group`) run in one launch. A block serves one layer: a wider
+  one would read A as often, since that depends on BLOCK_M alone, and leave fewer rows to the same
+  registers. x comes from device memory once, as the blocks of a row tile run side by side, and no
+  core is padded with the zeros of a block diagonal.
 """
 
 import torch
@@ -32,12 +36,18 @@ from lorasb_kernels.ops.triton.tiles import (
     rank_tiles,
 )
 
+MAX_LAYERS = 3  # of one launch; the largest sets of siblings are q, k and v
+
 
 @triton.jit
 def projection_kernel(
     x_ptr,
     a_ptr,
     r_ptr,
+    a_second_ptr,
+    r_second_ptr,
+    a_third_ptr,
+    r_third_ptr,
     h_ptr,
     p_ptr,
     partial_ptr,
@@ -59,14 +69,23 @@ def projection_kernel(
     threshold,
     DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr,
+    LAYERS: tl.constexpr,
     RANK_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
+    # The layers of a row tile run side by side: the later ones find x in L2.
+    layer = tl.program_id(0) % LAYERS
+    row_tile = tl.program_id(0) // LAYERS // splits
+    split = tl.program_id(0) // LAYERS % splits
+    if LAYERS > 1:
+        a_ptr = tl.where(layer == 1, a_second_ptr, a_ptr)
+        r_ptr = tl.where(layer == 1, r_second_ptr, r_ptr)
+    if LAYERS > 2:
+        a_ptr = tl.where(layer == 2, a_third_ptr, a_ptr)
+        r_ptr = tl.where(layer == 2, r_third_ptr, r_ptr)
     first_row = row_tile.to(tl.int64) * BLOCK_M
     tile_rows = tl.arange(0, BLOCK_M)
     rows = first_row + tile_rows  # [BLOCK_M]
@@ -107,13 +126,12 @@ def projection_kernel(
     if SPLIT:
         width = RANK_TILES * BLOCK_R
         stride_split = tl.cast(M, tl.int64) * width
-        partial_ptrs = (
-            partial_ptr + first_row * width + (tile_rows[:, None] * width + ranks[None, :])
-        )
+        partial_ptr += layer * splits * stride_split + first_row * width
+        partial_ptrs = partial_ptr + (tile_rows[:, None] * width + ranks[None, :])
         for i in tl.static_range(RANK_TILES):
             ptrs = partial_ptrs + (split * stride_split + i * BLOCK_R)
             tl.store(ptrs, h[i], mask=row_mask[:, None])
-        if not arrives_last(arrived_ptr + row_tile, splits):
+        if not arrives_last(arrived_ptr + row_tile * LAYERS + layer, splits):
             return
         h = ()
         for _ in tl.static_range(RANK_TILES):
@@ -140,8 +158,8 @@ def projection_kernel(
             column *= keep_scale
         finished += (column,)
     out = tile_rows[:, None] * r + ranks[None, :]
-    h_ptr += first_row * r
-    p_ptr += first_row * r
+    h_ptr += (tl.cast(layer, tl.int64) * M + first_row) * r
+    p_ptr += (tl.cast(layer, tl.int64) * M + first_row) * r
     for i in tl.static_range(RANK_TILES):
         in_rank = ranks < r - i * BLOCK_R
         tl.store(
@@ -183,26 +201,52 @@ def project(
         core: [r, r], fp32, any strides.
         scaling, dropout, seed: as in `shrink`.
     """
+    h, p = x.new_empty((x.shape[0], a.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+    _launch(x, [a], [core], h, p, scaling, dropout, seed)
+    return h, p
+
+
+def project_group(
+    x: torch.Tensor, lora_As: list[torch.Tensor], lora_Rs: list[torch.Tensor], scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns h and p of several layers, both [G, M, r] in the dtype of `x`; as `shrink_group`.
+
+    One launch for each three layers.
+    """
+    shape = (len(lora_As), x.shape[0], lora_As[0].shape[0])
+    h, p = x.new_empty(shape), x.new_empty(shape)
+    As, Rs = ([factor.contiguous() for factor in factors] for factors in (lora_As, lora_Rs))
+    for first in range(0, len(As), MAX_LAYERS):
+        layers = slice(first, first + MAX_LAYERS)
+        _launch(x, As[layers], Rs[layers], h[layers], p[layers], scaling, 0.0, None)
+    return h, p
+
+
+def _launch(x, As, cores, h, p, scaling, dropout, seed) -> None:
+    """Fills `h` and `p`, [layers, M, r]; the As have equal strides, and so do the cores."""
     M, n = x.shape
-    r = a.shape[0]
-    h, p = x.new_empty((M, r)), x.new_empty((M, r))
+    r, layers = As[0].shape[0], len(As)
     if M == 0:
-        return h, p
+        return
     tile = projection_tile(architecture(x.device), x.dtype, r)
     block_r, tiles = rank_tiles(r)
     row_tiles = triton.cdiv(M, tile.BLOCK_M)
-    splits, columns_per_split = column_splits(row_tiles, n, tile, multiprocessors(x.device))
+    splits, columns_per_split = column_splits(
+        row_tiles * layers, n, tile, multiprocessors(x.device)
+    )
     partial = arrived = None
     if splits > 1:
-        partial = torch.empty((splits, M, tiles * block_r), dtype=torch.float32, device=x.device)
+        shape = (layers, splits, M, tiles * block_r)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         # Allocated for each call: a counter shared by calls would not be safe across streams and
         # CUDA graphs.
-        arrived = torch.zeros(row_tiles, dtype=torch.int32, device=x.device)
+        arrived = torch.zeros(row_tiles * layers, dtype=torch.int32, device=x.device)
+    factors = [factor for layer in zip(As, cores, strict=True) for factor in layer]
     with launch_guard(x):
-        projection_kernel[(row_tiles * splits,)](
+        projection_kernel[(row_tiles * splits * layers,)](
             x,
-            a,
-            core,
+            *factors,
+            *(None,) * (2 * (MAX_LAYERS - layers)),
             h,
             p,
             partial,
@@ -212,8 +256,8 @@ def project(
             n,
             r,
             *x.stride(),
-            *a.stride(),
-            *core.stride(),
+            *As[0].stride(),
+            *cores[0].stride(),
             splits,
             columns_per_split,
             scaling,
@@ -221,12 +265,12 @@ def project(
             keep_threshold(dropout),
             DROPOUT=dropout > 0,
             SPLIT=splits > 1,
+            LAYERS=layers,
             RANK_TILES=tiles,
             BLOCK_R=block_r,
             PRECISION=dot_precision(x.dtype),
             **tile.launch_options(),
         )
-    return h, p
 
 
-__all__ = ["project", "projection_kernel"]
+__all__ = ["MAX_LAYERS", "project", "project_group", "projection_kernel"]
