@@ -80,7 +80,7 @@ class LoRASBFunction(torch.autograd.Function):
         scaling, dropout, backend = ctx.scaling, ctx.dropout, ctx.backend
         weight = ctx.frozen or weight
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        linked = ctx.link is not None and ctx.link.wanted()
+        linked = ctx.link is not None and ctx.link.needed()
         q = dx = dA = dR = dB = dtoken = None
         if trains_R:
             q, dR = core_backward(dy, h, lora_B.to(dy.dtype), lora_R, scaling, backend)

@@ -157,7 +157,7 @@ class _Link(NamedTuple):
     left: _Left
     common_input: torch.autograd.graph.Node
 
-    def wanted(self) -> bool:
+    def needed(self) -> bool:
         """Whether this backward pass goes on to the common input."""
         return torch._C._will_engine_execute_node(self.common_input)
 
