@@ -106,21 +106,25 @@ def _skeleton(config: TrainConfig):
 def initialize(config: TrainConfig) -> str:
     """Initializes and saves the adapter of `config`; returns the report as a table."""
     from lorasb_kernels.init.report import InitReport
-    from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
-    from lorasb_kernels.train.run import claim, encode, load_model, make_encoder, read_training
+    from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare, save_start
+    from lorasb_kernels.train.output_folder import claim, is_claimed, locked
+    from lorasb_kernels.train.run import encode, load_model, make_encoder, read_training
     from lorasb_kernels.train.trainer import initial_step, training_arguments
 
     folder = Path(config.output_dir)
     if (folder / ADAPTER_FOLDER).exists():
         raise ConfigError(f"output_dir {str(folder)!r} holds an adapter; expected another one")
     rows = read_training(config)
-    claim(folder, config, rows)
-    arguments = training_arguments(config)
-    model, tokenizer = load_model(config, rows)
-    samples = encode(make_encoder(config, tokenizer), config, rows, "training")
-    eta = initial_step(config, arguments, len(samples))
-    model = prepare(model.to(arguments.device), config, samples, tokenizer.pad_token_id, eta)
-    report = InitReport.of(model)
-    report.save(folder / "init.json")
-    report.plot(folder / "init.png")
+    with locked(folder):
+        is_claimed(folder, config, rows)
+        arguments = training_arguments(config)
+        model, tokenizer = load_model(config, rows)
+        samples = encode(make_encoder(config, tokenizer), config, rows, "training")
+        eta = initial_step(config, arguments, len(samples))
+        model = prepare(model.to(arguments.device), config, samples, tokenizer.pad_token_id, eta)
+        claim(folder, config, rows)
+        save_start(model, config)
+        report = InitReport.of(model)
+        report.save(folder / "init.json")
+        report.plot(folder / "init.png")
     return f"{report}\nwritten to {folder}: {ADAPTER_FOLDER}, init.json, init.png"

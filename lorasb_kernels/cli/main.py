@@ -37,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status, 2 for input that cannot be used."""
+    """Runs a command; returns the exit status: 2 for input that cannot be used, 1 for a loss or
+    a gradient that is not finite."""
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options) or 0
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lorasb: {error}; expected `pip install lorasb_kernels[train]`", file=sys.stderr)
     except InputError as error:
         print(f"lorasb: {error}", file=sys.stderr)
+    except ArithmeticError as error:  # training or estimation that is no longer finite
+        print(f"lorasb: {error}", file=sys.stderr)
+        return 1
     return 2
 
 

@@ -14,7 +14,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from lorasb_kernels.train.config import METHODS, fields, load_file, preset_names, resolve
+from lorasb_kernels.train.config import (
+    METHODS,
+    TrainConfig,
+    fields,
+    load_file,
+    preset_names,
+    resolve,
+)
+from lorasb_kernels.train.errors import ConfigError, shown
 
 MANY = {"method", "target_modules", "report_to", "stop"}  # flags that take several values
 
@@ -54,18 +62,31 @@ def given_flags(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def configs_of(settings: dict[str, Any]) -> list[TrainConfig]:
+    """The runs that the settings ask for: one, or one for each of a list of methods.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+    """
+    methods = settings.get("method", "lora-sb")
+    if not isinstance(methods, (list, tuple)):
+        return [resolve(settings)]
+    if not methods or not all(isinstance(method, str) for method in methods):
+        raise ConfigError(f"method is {shown(methods)}; expected at least one of {METHODS}")
+    if len(set(methods)) < len(methods):
+        raise ConfigError(f"method is {shown(methods)}; expected each of them once")
+    first = resolve(settings, {"method": methods[0]})  # names what is missing
+    folder = Path(first.output_dir)
+    return [
+        resolve(settings, {"method": method, "output_dir": str(folder / method)})
+        for method in methods
+    ]
+
+
 def run(options: argparse.Namespace) -> int:
     """Trains each method in turn and reports."""
     settings = (load_file(options.config) if options.config else {}) | given_flags(options)
-    methods = settings.get("method", "lora-sb")
-    if isinstance(methods, str):
-        configs = [resolve(settings)]
-    else:
-        folder = Path(settings.get("output_dir", ""))
-        configs = [
-            resolve(settings, {"method": method, "output_dir": str(folder / method)})
-            for method in methods
-        ]
+    configs = configs_of(settings)
 
     from transformers.utils import logging
 

@@ -17,6 +17,7 @@ is found. Files are replaced as a whole; everything is checked before the model 
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -56,7 +57,11 @@ _PROBE_TOLERANCE = 2.0**-7
 _PROBE_LIKENESS = 0.9
 
 
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
+class UntrainedAdapterWarning(UserWarning):
+    """An adapter was loaded that was saved before it was trained."""
+
+
+def save_adapter(model: nn.Module, directory: str | Path, trained: bool = True) -> None:
     """Writes the adapters of `model` to `directory`.
 
     A and B are written only if they are not in the directory already. Under `fully_shard` every
@@ -65,6 +70,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: an adapted model.
         directory: created if missing.
+        trained: False marks the adapter as one that training only starts from, of which
+            `load_adapter` warns.
 
     Raises:
         ValueError: the model holds no adapter, or a layer is merged (its R may be stale).
@@ -91,9 +98,10 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             "config": model.lorasb_config.to_dict(),
         }
         write_text(directory / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
-    trained = trained_tensors(model) | (subspace_probes(layers) if rebuilt else {})
-    metadata = {"format": FORMAT, "subspace": fingerprint, "digest": digest_of(trained)}
-    write_tensors(directory / ADAPTER_FILE, trained, metadata)
+    tensors = trained_tensors(model) | (subspace_probes(layers) if rebuilt else {})
+    metadata = {"format": FORMAT, "subspace": fingerprint, "digest": digest_of(tensors)}
+    metadata |= {} if trained else {"untrained": "true"}
+    write_tensors(directory / ADAPTER_FILE, tensors, metadata)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, revision: str | None = None) -> nn.Module:
@@ -171,14 +179,18 @@ def read_adapter(
         The record, the configuration in it, the tensors that training changes, and the
         subspace (None for LoRA-XS, whose A and B are rebuilt).
 
+    Warns:
+        UntrainedAdapterWarning: it was saved before it was trained.
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: files that are damaged or do not belong together.
     """
-    record, config = _read_record(directory)
+    record, config = read_record(directory)
     trained, metadata = read_tensors(directory / ADAPTER_FILE)
     if "digest" in metadata and metadata["digest"] != digest_of(trained):
         raise ValueError(f"{directory / ADAPTER_FILE} is damaged: its digest is another")
+    untrained = "untrained" in metadata
     stated = {CONFIG_FILE: record["subspace"], ADAPTER_FILE: metadata.get("subspace")}
     subspace = None
     if not config.facts.rebuilt:
@@ -191,6 +203,12 @@ def read_adapter(
         )
     if subspace is not None and fingerprint_of(subspace) != record["subspace"]:
         raise ValueError(f"{directory / SUBSPACE_FILE} is damaged: its fingerprint is another")
+    if untrained:
+        warnings.warn(
+            f"{directory} holds an adapter as it was before training",
+            UntrainedAdapterWarning,
+            stacklevel=3,
+        )
     return record, config, trained, subspace
 
 
@@ -246,7 +264,7 @@ def _stored(directory: Path) -> tuple[str, LoRASBConfig] | None:
     """The fingerprint of the subspace in `directory` and its configuration; None if a file is
     missing or damaged."""
     try:
-        record, config = _read_record(directory)
+        record, config = read_record(directory)
         if config.facts.rebuilt:
             return record["subspace"], config
         with safe_open(directory / SUBSPACE_FILE, framework="pt") as file:
@@ -257,7 +275,7 @@ def _stored(directory: Path) -> tuple[str, LoRASBConfig] | None:
     return (record["subspace"], config) if whole else None
 
 
-def _read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
+def read_record(directory: Path) -> tuple[dict, LoRASBConfig]:
     """The record of a saved adapter, and the configuration in it.
 
     Raises:
@@ -310,11 +328,13 @@ def check_base(
 
 
 __all__ = [
+    "UntrainedAdapterWarning",
     "check_base",
     "fingerprint_of",
     "load_adapter",
     "quantizations",
     "read_adapter",
+    "read_record",
     "save_adapter",
     "subspace_fingerprint",
     "trained_tensors",

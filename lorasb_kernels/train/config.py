@@ -230,6 +230,11 @@ class TrainConfig:
         """What that `init` trains and what it needs."""
         return None if self.adapter_init is None else INITS[self.adapter_init]
 
+    @property
+    def regression(self) -> bool:
+        """Whether a classifier has one output, a score."""
+        return self.evaluation == "pearson"
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

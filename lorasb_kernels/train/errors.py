@@ -1,6 +1,8 @@
 """Errors in user input; the command line shows their message without a stack trace."""
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class _Short(reprlib.Repr):
@@ -20,6 +22,17 @@ class InputError(ValueError):
 
 class ConfigError(InputError):
     """A setting that cannot be used."""
+
+
+@contextmanager
+def setting_errors(prefix: str = "") -> Iterator[None]:
+    """Turns what other code raises about a setting that cannot be used into a `ConfigError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 class DataError(InputError):

@@ -231,6 +231,8 @@ def _choice_prompt(encoder: Encoder, row: Example) -> tuple[list[int], list[int]
     if len(set(row.choices)) < 2:
         raise DataError(f"choices are {row.choices!r}; the metric 'choice' needs two or more")
     sequences = [encoder.sequence(row, candidate) for candidate in row.candidates()]
+    if len(set(map(tuple, sequences))) < 2:
+        raise DataError(f"choices {row.choices!r} are the same tokens; expected different ones")
     shared = 0
     while len({sequence[shared] for sequence in sequences}) == 1:
         shared += 1

@@ -1,5 +1,6 @@
 """Preparing a model for training: this library's adapters, peft's, or all weights."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
-from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.errors import ConfigError, setting_errors
 from lorasb_kernels.train.loss import sample_mean_loss
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.warm_start import seed_of, start_from
@@ -39,7 +42,7 @@ def prepare(
     progress: bool = True,
 ) -> nn.Module:
     """Makes `model` trainable by `config.method`; adapters of this library start from the one
-    saved in `config.output_dir`, if there is one, else are saved there.
+    saved in `config.output_dir`, if there is one. Writes nothing.
 
     Args:
         model: the pretrained model.
@@ -52,7 +55,15 @@ def prepare(
 
     Returns:
         the model to train; frozen weights in `config.dtype`, trained ones in fp32.
+
+    Raises:
+        ConfigError: settings that do not fit the model, the device or the adapter found.
     """
+    with setting_errors():
+        return _prepared(model, config, samples, pad_token_id, eta, progress)
+
+
+def _prepared(model, config, samples, pad_token_id, eta, progress) -> nn.Module:
     if config.method == "full":
         model.requires_grad_(True)
     elif config.method in ADAPTER_METHODS:
@@ -69,23 +80,12 @@ def prepare(
     return model
 
 
-def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
-    from lorasb_kernels import (
-        EstimationOptions,
-        LoRASBConfig,
-        adapt,
-        load_adapter,
-        save_adapter,
-    )
-
-    folder = Path(config.output_dir) / ADAPTER_FOLDER
-    if folder.exists():
-        load_adapter(model, folder)
-        return
+def adapter_config(model: nn.Module, config: TrainConfig) -> LoRASBConfig:
+    """The adapter that the settings of a run describe."""
     alpha = config.lora_alpha
     if alpha is None and config.init_facts.alpha_is_r:
         alpha = config.r
-    adapter_config = LoRASBConfig(
+    return LoRASBConfig(
         r=config.r,
         target_modules=config.target_modules,
         init=config.adapter_init,
@@ -103,30 +103,59 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
         modules_to_save=heads(model) if config.task == "classification" else (),
         seed=config.seed if config.init_from is None else seed_of(config.init_from),
     )
+
+
+def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
+    from lorasb_kernels import EstimationOptions, adapt
+
+    adapter = adapter_config(model, config)
+    weight = next(model.parameters())
+    named = config.backend != "auto"
+    if named and (reason := obstacle(config.backend, weight.device, weight.dtype)):
+        raise ConfigError(f"backend is {config.backend!r}, which cannot run: {reason}")
+    folder = Path(config.output_dir) / ADAPTER_FOLDER
+    if folder.exists():
+        _load_found(model, folder, adapter)
+        return
     batches = None
     if config.init_facts.needs_gradients:
-        batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
+        batches = estimation_batches(config, samples, pad_token_id, weight.device)
     estimation = EstimationOptions(
         loss_fn=sample_mean_loss if config.task == "causal-lm" else None,
         strategy=config.init_strategy,
         memory_budget=config.init_memory_budget,
     )
-    adapt(
-        model, adapter_config, batches, learning_rate=eta, estimation=estimation, progress=progress
-    )
+    adapt(model, adapter, batches, learning_rate=eta, estimation=estimation, progress=progress)
     if config.init_from is not None:
         message = start_from(model, config.init_from)
         if progress:
             console.print(message)
-    # After the first barrier no rank mistakes the folder that is written now for an earlier run's.
-    distributed = torch.distributed.is_initialized()
-    if distributed:
-        torch.distributed.barrier()
-    if not distributed or torch.distributed.get_rank() == 0:
-        with atomic_folder(folder) as building:
-            save_adapter(model, building)
-    if distributed:
-        torch.distributed.barrier()
+
+
+def _load_found(model: nn.Module, folder: Path, expected: LoRASBConfig) -> None:
+    """Loads the adapter in `folder`, which must be the one that the settings describe."""
+    from lorasb_kernels import load_adapter
+    from lorasb_kernels.io.checkpoint import UntrainedAdapterWarning, read_record
+
+    found = read_record(folder)[1].to_dict()
+    for name, value in expected.to_dict().items():
+        if found[name] != value:
+            raise ConfigError(
+                f"output_dir holds an adapter, {folder}, made with {name} = {found[name]!r}; "
+                f"these settings make {value!r} of it: expected the same, or another output_dir"
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedAdapterWarning)  # training is what comes next
+        load_adapter(model, folder)
+
+
+def save_start(model: nn.Module, config: TrainConfig) -> None:
+    """Saves the adapter that training starts from, marked as untrained, where there is one."""
+    from lorasb_kernels import save_adapter
+
+    if config.method in ADAPTER_METHODS:
+        with atomic_folder(Path(config.output_dir) / ADAPTER_FOLDER) as building:
+            save_adapter(model, building, trained=False)
 
 
 def estimation_batches(
@@ -157,7 +186,9 @@ def _with_peft(
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"method {config.method!r} needs the package peft: {error}") from error
+        raise ConfigError(
+            f"method is {config.method!r}, which needs the package peft: {error}"
+        ) from error
 
     saved = heads(model) if config.task == "classification" else ()
     targets = find_targets(model, config.target_modules, saved)

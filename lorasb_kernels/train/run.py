@@ -1,7 +1,6 @@
 """One training run from its configuration: load, prepare, train, evaluate, save."""
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,20 +20,25 @@ from lorasb_kernels.train.data import (
     read_labelled,
 )
 from lorasb_kernels.train.encoding import Encoded, Encoder, check_lengths
-from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
+from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError, setting_errors
 from lorasb_kernels.train.evaluation import WRITTEN, check_rows, evaluate
-from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare
-from lorasb_kernels.train.progress import TrainingBar, console, track
+from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare, save_start
+from lorasb_kernels.train.output_folder import (
+    checkpoints,
+    claim,
+    is_claimed,
+    locked,
+    remove_remains,
+)
+from lorasb_kernels.train.progress import TrainingBar, track
 from lorasb_kernels.train.separation import check_separation
 from lorasb_kernels.train.templates import TEMPLATES
 from lorasb_kernels.train.trainer import (
     AdapterTrainer,
-    checkpoints,
     initial_step,
-    remove_remains,
     training_arguments,
 )
-from lorasb_kernels.utils.files import read_json, write_json
+from lorasb_kernels.utils.files import atomic_folder, write_json
 
 Rows = Sequence[Example] | Sequence[Labelled]
 
@@ -86,7 +90,7 @@ def read_held_out(config: TrainConfig, source: str) -> Rows:
 def _read(config: TrainConfig, source: str, data_format: str | None, limit: int | None) -> Rows:
     if config.task == "causal-lm":
         return read_examples(source, data_format, limit)
-    return read_labelled(source, config.evaluation == "pearson", data_format, limit)
+    return read_labelled(source, config.regression, data_format, limit)
 
 
 def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
@@ -104,7 +108,7 @@ def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
     torch.manual_seed(config.seed)  # a new classification head is random
     if config.task == "causal-lm":
         return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype), tokenizer
-    regression = config.evaluation == "pearson"
+    regression = config.regression
     model = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         dtype=dtype,
@@ -131,7 +135,7 @@ def encode(encoder: Encoder, config: TrainConfig, rows: Rows, what: str) -> list
     samples = (encoder.examples if config.task == "causal-lm" else encoder.labelled)(rows)
     message = check_lengths(rows, samples, config.max_length, config.max_cut_share, what)
     if message and is_main_process():
-        console.print(message)
+        print(message)
     return samples
 
 
@@ -143,7 +147,10 @@ def finetune(
     judge_before: bool = False,
     callbacks: Sequence = (),
 ) -> tuple[nn.Module, Encoder, Result]:
-    """Trains `config.model` on `train_rows`; resumes from the newest checkpoint, if any.
+    """Trains `config.model` on `train_rows`; resumes from the newest checkpoint, if there is one.
+
+    The settings, the rows, the model and the adapter are checked before the first file is
+    written, and the trained adapter is saved before it is evaluated.
 
     Args:
         config: the run; its `output_dir` receives `config.json`, the checkpoints, the
@@ -157,152 +164,153 @@ def finetune(
         the trained model, its encoder and the result.
 
     Raises:
-        ConfigError: `output_dir` holds a run with other settings.
-        DataError: no usable training row.
-        CheckpointError: a damaged checkpoint, or a trained adapter without its checkpoints.
+        ConfigError: a setting that does not fit the model; `output_dir` holds a run with other
+            settings, an adapter that the settings do not describe, or is another process's.
+        DataError: no usable training row, or an evaluation row that cannot be judged.
+        CheckpointError: a damaged checkpoint, or none left of a run that was trained.
         DivergedError: a loss or gradient that is not finite.
     """
-    output_dir = Path(config.output_dir)
+    folder = Path(config.output_dir)
     arguments = training_arguments(config)
-    claim(output_dir, config, train_rows)
-    resume_from = next(iter(reversed(checkpoints(output_dir))), None)
-    if resume_from is not None:
-        check(resume_from, arguments.world_size)
-    elif (output_dir / "result.json").exists():
-        raise CheckpointError(
-            f"{output_dir} holds a trained adapter and none of the checkpoints that led to it; "
-            "expected them, or another output_dir"
-        )
-    if is_main_process():
-        remove_remains(output_dir)
     clock = Clock()
-    with clock.phase("load"):
-        model, tokenizer = load_model(config, train_rows)
-        encoder = make_encoder(config, tokenizer)
-        samples = encode(encoder, config, train_rows, "training")
-        if not samples:
-            raise DataError(f"no training row fits into max_length = {config.max_length} tokens")
-        check_rows(encoder, eval_rows, config.evaluation)
-        if eval_rows and config.evaluation not in (*WRITTEN, "choice"):
-            encode(encoder, config, eval_rows, "evaluation")
-        unpacked = samples
-        if config.batching == "packed":
-            samples = pack(samples, config.max_length)
-    model.to(arguments.device)
-    batch_size = max(config.batch_size, config.eval_batch_size)
-    if config.batching == "packed" or batch_size > 1:
-        check_separation(model, unpacked, encoder.pad_token_id, config.batching == "packed")
+    with locked(folder) if is_main_process() else contextlib.nullcontext():
+        checkpoint = find_start(folder, config, train_rows, arguments.world_size)
+        with clock.phase("load"):
+            with setting_errors(f"model is {config.model!r}: "):
+                model, tokenizer = load_model(config, train_rows)
+            encoder = make_encoder(config, tokenizer)
+            samples = encode(encoder, config, train_rows, "training")
+            if not samples:
+                fits = f"max_length = {config.max_length} tokens"
+                raise DataError(f"no training row fits into {fits}")
+            check_rows(encoder, eval_rows, config.evaluation)
+            if eval_rows and config.evaluation not in (*WRITTEN, "choice"):
+                encode(encoder, config, eval_rows, "evaluation")
+        model.to(arguments.device)
+        packed = config.batching == "packed"
+        if packed or max(config.batch_size, config.eval_batch_size) > 1:
+            check_separation(model, samples, encoder.pad_token_id, packed)
 
-    def judge(description: str) -> float | None:
-        if not eval_rows:
-            return None
-        # As in training: trained tensors are fp32 and are used in the dtype of the weights.
-        mixed = torch.autocast(arguments.device.type, torch.bfloat16, config.dtype == "bfloat16")
-        with clock.phase("evaluate"), mixed:
-            return evaluate(
-                model,
-                encoder,
-                eval_rows,
-                config.evaluation,
-                batch_size=config.eval_batch_size,
-                max_new_tokens=config.max_new_tokens,
-                progress=track(description) if is_main_process() else iter,
+        def judge(when: str) -> float | None:
+            with clock.phase("evaluate"):
+                return judged(model, encoder, eval_rows, config, when) if eval_rows else None
+
+        before = judge("before") if judge_before else None
+        found = (folder / ADAPTER_FOLDER).exists()
+        batched = pack(samples, config.max_length) if packed else samples
+        with clock.phase("initialize"):
+            eta = initial_step(config, arguments, len(batched))
+            model = prepare(
+                model, config, samples, tokenizer.pad_token_id, eta, progress=is_main_process()
             )
-
-    before = judge(f"{config.evaluation} before") if judge_before else None
-    with clock.phase("initialize"):
-        model = prepare(
-            model,
-            config,
-            unpacked,
-            tokenizer.pad_token_id,
-            initial_step(config, arguments, len(samples)),
-            progress=is_main_process(),
+        bars = [TrainingBar(config.method)] if is_main_process() else []
+        with setting_errors():
+            trainer = AdapterTrainer(
+                config,
+                model=model,
+                train_dataset=batched,
+                data_collator=Collator(tokenizer.pad_token_id),
+                callbacks=[*bars, *callbacks],
+            )
+        # Past this barrier no rank takes what is written now for an earlier run's.
+        trainer.accelerator.wait_for_everyone()
+        if is_main_process():
+            claim(folder, config, train_rows)
+            if not found:
+                save_start(model, config)
+            print(f"start: {start_of(config, checkpoint, found)}")
+        with clock.phase("train"):
+            trainer.continue_from(checkpoint)
+        if is_main_process():
+            save(model, tokenizer, config)
+        after = judge("after")
+        result = Result(
+            config=config,
+            trainable=sum(p.numel() for p in trainer.trained_parameters().values()),
+            steps=trainer.state.global_step,
+            before=before,
+            after=after,
+            losses=trainer.losses(),
+            seconds=clock.seconds,
         )
-    bars = [TrainingBar(f"train {config.method}")] if is_main_process() else []
-    trainer = AdapterTrainer(
-        config,
-        model=model,
-        train_dataset=samples,
-        data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[*bars, *callbacks],
-    )
-    with clock.phase("train"):
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    after = judge(f"{config.evaluation} after")
-    result = Result(
-        config=config,
-        trainable=sum(p.numel() for p in trainer.trained_parameters().values()),
-        steps=trainer.state.global_step,
-        before=before,
-        after=after,
-        losses=[(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log],
-        seconds=clock.seconds,
-    )
-    if is_main_process():
-        save(model, tokenizer, config)
-        write_json(output_dir / "result.json", result.to_dict())
-    trainer.accelerator.wait_for_everyone()
+        if is_main_process():
+            write_json(folder / "result.json", result.to_dict())
+        trainer.accelerator.wait_for_everyone()
     return model, encoder, result
 
 
-def digest_of(rows: Rows) -> str:
-    """SHA-256 of the training rows."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
-def claim(output_dir: Path, config: TrainConfig, rows: Rows) -> None:
-    """Records this run in the output folder, or checks that the folder belongs to this run.
-
-    Args:
-        output_dir: gets `config.json`, the settings, and `data.json`, a digest of the rows.
-        config: the settings.
-        rows: the training rows.
+def find_start(folder: Path, config: TrainConfig, rows: Rows, processes: int) -> Path | None:
+    """The newest checkpoint of the run in `folder`, checked; None for a run without.
 
     Raises:
-        ConfigError: the folder belongs to a run with other settings or rows, or its files
-            are damaged.
+        ConfigError: the folder holds another run, or what this one would overwrite.
+        CheckpointError: a damaged checkpoint, or none left of a run that was trained.
     """
-    own, data = config.to_dict(), {"rows": len(rows), "sha256": digest_of(rows)}
-    files = {"data.json": data, "config.json": own}
-    if not (output_dir / "config.json").exists():
-        if is_main_process():
-            for name, value in files.items():
-                write_json(output_dir / name, value)
-        return
-    try:
-        known, stored = (read_json(output_dir / name) for name in files)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{error}; expected what the run in output_dir wrote") from error
-    if known != data:
-        raise ConfigError(
-            f"data is {len(rows)} rows that are not those of the run in output_dir "
-            f"{str(output_dir)!r}; expected the same rows, or another output_dir"
+    claimed = is_claimed(folder, config, rows)
+    checkpoint = next(iter(reversed(checkpoints(folder))), None)
+    if not claimed:
+        written = [] if config.method in ADAPTER_METHODS else [trained_folder(config)]
+        for path in (checkpoint, folder / "result.json", *written):
+            if path is not None and path.exists():
+                raise ConfigError(
+                    f"output_dir {str(folder)!r} holds {path.name} and no config.json that says "
+                    "of which run; expected another output_dir"
+                )
+    if checkpoint is not None:
+        check(checkpoint, processes)
+    elif (folder / "result.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a trained adapter and none of the checkpoints that led to it; "
+            "expected them, or another output_dir"
         )
-    # Settings that an earlier version did not have are compared with their default.
-    stored = TrainConfig(**{name: stored[name] for name in own if name in stored}).to_dict()
-    for name in own:
-        if stored[name] != own[name]:
-            raise ConfigError(
-                f"{name} is {own[name]!r}, but output_dir {str(output_dir)!r} holds a run with "
-                f"{stored[name]!r}; expected the same settings or another output_dir"
-            )
+    if is_main_process():
+        remove_remains(folder)
+    return checkpoint
+
+
+def start_of(config: TrainConfig, checkpoint: Path | None, found: bool) -> str:
+    """Where a run starts from, in words."""
+    if checkpoint is not None:
+        return f"{checkpoint.name} of {config.output_dir}"
+    if config.method not in ADAPTER_METHODS:
+        return f"{config.model}, method {config.method}"
+    adapter = trained_folder(config)
+    return f"the adapter found in {adapter}" if found else f"a new adapter, method {config.method}"
+
+
+def judged(model: nn.Module, encoder: Encoder, rows: Rows, config: TrainConfig, when: str) -> float:
+    """The metric of `model` on held-out rows.
+
+    As in training, what is trained is fp32 and computes in the dtype of the weights.
+    """
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, config.dtype == "bfloat16"):
+        return evaluate(
+            model,
+            encoder,
+            rows,
+            config.evaluation,
+            batch_size=config.eval_batch_size,
+            max_new_tokens=config.max_new_tokens,
+            progress=track(f"{config.evaluation} {when}") if is_main_process() else iter,
+        )
+
+
+def trained_folder(config: TrainConfig) -> Path:
+    """Where `save` writes."""
+    return Path(config.output_dir) / ("model" if config.method == "full" else ADAPTER_FOLDER)
 
 
 def save(model: nn.Module, tokenizer, config: TrainConfig) -> None:
     """Saves the trained adapter, or for `full` the model, in `output_dir`."""
-    output_dir = Path(config.output_dir)
     if config.method in ADAPTER_METHODS:
         from lorasb_kernels import save_adapter
 
-        save_adapter(model, output_dir / ADAPTER_FOLDER)
-    else:
-        name = "model" if config.method == "full" else ADAPTER_FOLDER
-        model.save_pretrained(output_dir / name)
-        tokenizer.save_pretrained(output_dir / name)
+        save_adapter(model, trained_folder(config))
+        return
+    with atomic_folder(trained_folder(config)) as building:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
 
 
 def is_main_process() -> bool:

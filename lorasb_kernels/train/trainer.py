@@ -17,7 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+)
 
 from lorasb_kernels.optim import LoRAProAdamW, PreconditionedAdamW, split_parameters
 from lorasb_kernels.train.batching import LengthGroupedSampler
@@ -26,10 +31,8 @@ from lorasb_kernels.train.config import FACTOR_OPTIMIZERS, TrainConfig
 from lorasb_kernels.train.errors import DivergedError
 from lorasb_kernels.train.loss import token_losses
 from lorasb_kernels.train.methods import heads
+from lorasb_kernels.train.output_folder import STAGING, checkpoints
 from lorasb_kernels.utils.files import write_tensors
-
-STAGING = ".checkpoint"
-REMAINS = (STAGING, ".adapter.*", ".*.json.*", "adapter/.*.json.*", "adapter/.*.safetensors.*")
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -116,6 +119,23 @@ class AdapterTrainer(Trainer):
         if self.config.head_learning_rate is not None:
             give_heads_their_rate(optimizer, self.model, self.config.head_learning_rate)
         return optimizer
+
+    def continue_from(self, checkpoint: Path | None) -> None:
+        """Trains what `checkpoint` (None: nothing yet) leaves to do of the run; maybe nothing.
+
+        transformers' `train` does at least one step, also from the last checkpoint of a run.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def losses(self) -> list[tuple[int, float]]:
+        """The loss of every step so far, also of those before a checkpoint."""
+        return [(log["step"], log["loss"]) for log in self.state.log_history if "loss" in log]
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The tensors that training changes, by name."""
@@ -252,19 +272,3 @@ def initial_step(config: TrainConfig, args: TrainingArguments, samples: int) -> 
     steps = math.ceil(config.epochs * math.ceil(batches / config.accumulation))
     warmup = args.get_warmup_steps(config.max_steps or steps)
     return config.learning_rate / max(1, warmup)
-
-
-def remove_remains(output_dir: Path) -> None:
-    """Removes what a killed run was writing or deleting."""
-    for pattern in REMAINS:
-        for path in output_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))

@@ -70,6 +70,39 @@ def test_input_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 33}, "r is 33; expected r <= "),
+        ({"target_modules": ["q_project"]}, "target_modules 'q_project' matched no linear layer"),
+        ({"target_modules": "(q"}, "target_modules is '(q'; expected a regular expression"),
+        ({"model": "/nowhere"}, "model is '/nowhere': "),
+        ({"backend": "cuda"}, "backend is 'cuda', which cannot run: "),
+        ({"output_dir": "sums.jsonl"}, "output_dir is 'sums.jsonl': "),
+        ({"method": []}, "method is []; expected at least one of "),
+        ({"method": ["lora", "lora"]}, "method is ['lora', 'lora']; expected each of them once"),
+        ({"method": ["lora-sb", "lora-xs"], "output_dir": None}, "missing output_dir"),
+        ({"learning_rate": 1e30, "method": "full"}, "is nan at step "),
+    ],
+    ids=str,
+)
+def test_errors_that_show_later_are_one_line_too(
+    settings, message, llama, sums_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    given = {"model": str(llama), "data": "sums.jsonl", "output_dir": "run", "max_length": 32}
+    given |= {"max_steps": 3, "init_minimum": 8} | settings
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({name: v for name, v in given.items() if v is not None}))
+    diverges = "nan" in message
+    assert main(["train", "--config", "run.yaml"]) == (1 if diverges else 2)
+    error = capsys.readouterr().err
+    assert f"lorasb: {message}" in error or (diverges and message in error)
+    assert "Traceback" not in error
+    left = {path.name for path in tmp_path.iterdir()} - {"sums.jsonl", "run.yaml"}
+    assert left == ({"run"} if diverges else set())
+
+
 @pytest.mark.parametrize("flag", [["--r", "x"], ["--method", "lorax"], ["--rank", "3"]])
 def test_flags_are_checked(flag, capsys):
     with pytest.raises(SystemExit) as end:

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from lorasb_kernels.train import run
 from lorasb_kernels.train.checkpoint import check
-from lorasb_kernels.train.trainer import checkpoints
+from lorasb_kernels.train.output_folder import checkpoints
 from tests.train.conftest import sums, tiny_config
 from tests.trust.watching import tree
 

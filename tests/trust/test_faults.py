@@ -6,6 +6,7 @@ checkpoint is lost except by the rule that keeps a fixed number. `killed_runs` m
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,7 @@ import pytest
 
 from lorasb_kernels.train.checkpoint import MANIFEST, check, seal
 from lorasb_kernels.train.errors import CheckpointError, ConfigError
-from lorasb_kernels.train.run import claim
-from lorasb_kernels.train.trainer import remove_remains
+from lorasb_kernels.train.output_folder import claim, is_claimed, remove_remains
 from lorasb_kernels.utils.files import atomic_folder, replacing
 from tests.train.conftest import sums, tiny_config
 
@@ -83,7 +83,8 @@ def test_a_full_disk_a_full_gpu_and_a_loss_that_is_no_number(llama, tmp_path):
         goes_on(whole, outcome)
     assert "safetensors cannot be written" in disk["first"]["error"]
     assert memory["first"]["error"].startswith("OutOfMemoryError")
-    assert "DivergedError: grad_norm is nan at step 4" in nan["first"]["error"]
+    # In which of the two it shows first depends on the CPU's attention kernel.
+    assert re.match("DivergedError: (loss|grad_norm) is nan at step 4", nan["first"]["error"])
     assert damaged["second"]["error"].startswith("CheckpointError")
     assert "trained.safetensors is damaged" in damaged["second"]["error"]
     assert damaged["untouched"]
@@ -140,12 +141,13 @@ def test_another_number_of_processes_is_another_run(sealed):
 
 def test_other_rows_are_another_run(tmp_path):
     config = tiny_config("model", tmp_path)
+    assert not is_claimed(tmp_path, config, sums(8))
     claim(tmp_path, config, sums(8))
-    claim(tmp_path, config, sums(8))
+    assert is_claimed(tmp_path, config, sums(8))
     with pytest.raises(ConfigError, match="data is 7 rows that are not those of the run"):
-        claim(tmp_path, config, sums(7))
+        is_claimed(tmp_path, config, sums(7))
     with pytest.raises(ConfigError, match="data is 8 rows"):
-        claim(tmp_path, config, sums(9)[1:])
+        is_claimed(tmp_path, config, sums(9)[1:])
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
@@ -163,9 +165,10 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_damaged_settings_are_named(tmp_path, name):
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_damaged_settings_are_named(tmp_path, name, content):
     config = tiny_config("model", tmp_path)
     claim(tmp_path, config, sums(8))
-    (tmp_path / name).write_text("{")
-    with pytest.raises(ConfigError, match=rf"{name} is not JSON"):
-        claim(tmp_path, config, sums(8))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=name.partition(".")[0]):
+        is_claimed(tmp_path, config, sums(8))

@@ -1,0 +1,196 @@
+"""The output folder of a run: who is writing into it, whose run it is, what it holds.
+
+.lock                  while a process works in the folder: which one
+config.json            the settings of the run
+data.json              number and digest of its training rows
+checkpoint-<step>/     see `trainer`
+adapter/, model/       what is trained
+result.json            outcome of the run
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from lorasb_kernels.train.config import TrainConfig
+from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.utils.files import read_json, write_json
+
+LOCK = ".lock"
+STAGING = ".checkpoint"
+REMAINS = (STAGING, ".adapter.*", ".model.*", ".*.json.*")
+REMAINS += ("adapter/.*.json.*", "adapter/.*.safetensors.*")
+# Settings that may change between two starts of a run: nothing that is trained depends on them.
+CHANGEABLE = ("eval_data", "eval_batch_size", "max_new_tokens", "stop", "max_cut_share")
+CHANGEABLE += ("keep_checkpoints", "report_to")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of `folder` for as long as the block, or this process, lives.
+
+    The folder is made if it is missing, and removed again if it is left empty.
+
+    Raises:
+        ConfigError: another process holds the folder, or it cannot be made or written.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        lock = _acquire(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir is {str(folder)!r}: {error.strerror}; expected a folder to write into"
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.close()
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:  # it holds the run
+                break
+
+
+def _acquire(folder: Path) -> TextIO:
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # another process has just removed the folder that it had made
+            continue
+        try:
+            # The kernel lets go of it when the process dies, however it dies.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _read_holder(lock)
+            lock.close()
+            raise ConfigError(
+                f"output_dir {str(folder)!r} is in use by {holder}; expected its end, or another "
+                "output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                lock.close()
+                raise
+            warnings.warn(
+                f"the file system of {folder} has no locks ({error.strerror}): a second run in it "
+                "would not be noticed",
+                stacklevel=4,
+            )
+        if _is_at(path, lock):  # and has not been removed by the one who held it before
+            lock.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+            lock.flush()
+            return lock
+        lock.close()
+
+
+def _read_holder(lock: TextIO) -> str:
+    for _ in range(100):  # it writes its name right after it has got the lock
+        lock.seek(0)
+        if holder := lock.read().strip():
+            return holder
+        time.sleep(0.01)
+    return "another process"
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def digest_of(rows: Sequence) -> str:
+    """SHA-256 of the training rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def is_claimed(folder: Path, config: TrainConfig, rows: Sequence) -> bool:
+    """Whether `folder` holds this run already; writes nothing.
+
+    Args:
+        folder: the output folder.
+        config: the settings. Those of evaluation and logging may differ.
+        rows: the training rows.
+
+    Raises:
+        ConfigError: it holds a run with other settings or rows, or its files are damaged.
+    """
+    if not (folder / "config.json").exists():
+        return False
+    try:
+        data, known = (read_json(folder / name) for name in ("data.json", "config.json"))
+        if not isinstance(known, dict):
+            raise ValueError(f"{folder / 'config.json'} holds no settings")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{error}; expected what the run in output_dir wrote") from error
+    # Settings that an earlier version did not have were at what is now their default.
+    own = config.to_dict()
+    before = TrainConfig(**{name: known[name] for name in own if name in known})
+    changeable = set(CHANGEABLE)
+    if before.regression == config.regression:
+        changeable.add("evaluation")
+    stored = before.to_dict()
+    for name in own:
+        if name not in changeable and stored[name] != own[name]:
+            raise ConfigError(
+                f"{name} is {own[name]!r}, but output_dir {str(folder)!r} holds a run with "
+                f"{stored[name]!r}; expected the same settings or another output_dir"
+            )
+    if data != _description(rows):
+        raise ConfigError(
+            f"data is {len(rows)} rows that are not those of the run in output_dir "
+            f"{str(folder)!r}; expected the same rows, or another output_dir"
+        )
+    return True
+
+
+def claim(folder: Path, config: TrainConfig, rows: Sequence) -> None:
+    """Writes into `folder` whose run it is. Only after everything that can be checked has been.
+
+    Args:
+        folder: gets `config.json`, the settings, and `data.json`, a digest of the rows.
+        config: the settings.
+        rows: the training rows.
+    """
+    write_json(folder / "data.json", _description(rows))
+    write_json(folder / "config.json", config.to_dict())
+
+
+def _description(rows: Sequence) -> dict:
+    return {"rows": len(rows), "sha256": digest_of(rows)}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def remove_remains(folder: Path) -> None:
+    """Removes what a killed run was writing or deleting."""
+    for pattern in REMAINS:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
