@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.ops.conftest import backend, device, dtype
-from tests.train.conftest import llama, tokenizer
+from tests.train.conftest import bert, llama, tokenizer
 
 COMMON = {
     "deadline": None,
@@ -21,7 +21,7 @@ COMMON = {
 LITTLE = settings(**COMMON, max_examples=200)
 MUCH = settings(**COMMON, max_examples=10_000)
 
-__all__ = ["LITTLE", "MUCH", "backend", "device", "dtype", "llama", "tokenizer"]
+__all__ = ["LITTLE", "MUCH", "backend", "bert", "device", "dtype", "llama", "tokenizer"]
 
 
 def amounts(little: int, much: int):

@@ -1,10 +1,11 @@
 """Training runs that die: each is forked from a process that has imported everything once.
 
-    python -m tests.trust.killed_runs MODEL FOLDER '[["kill", 7], ["disk", 4], …]'
+    python -m tests.trust.killed_runs LLAMA BERT FOLDER '[["lora-sb", "kill", 0.7], …]'
 
-prints a line of JSON for each fault. A run is killed at its n-th change to a file (created,
-written, renamed or removed), which could leave a partial checkpoint, or after a number of seconds;
-then it is started again until it ends.
+prints a line of JSON for each kind of run when nothing happens to it, and one for each fault. A
+run is killed at its n-th change to a file (made, written to, renamed or removed), which is where
+half a checkpoint could come from, or after so many seconds; then it is started again until it
+ends, and once more.
 """
 
 import json
@@ -20,27 +21,24 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from lorasb_kernels.io.tensors import digest_of, read_tensors
 from lorasb_kernels.train import run
 from lorasb_kernels.train.checkpoint import check
 from lorasb_kernels.train.output_folder import checkpoints
-from tests.train.conftest import sums, tiny_config
+from tests.train.conftest import reviews, sums, tiny_config
 from tests.trust.watching import tree
 
-STEPS, SAVE_STEPS, ROWS = 6, 2, 24
+STEPS, SAVE_STEPS, ROWS = 6, 2, 16
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-
-def config(model: Path, folder: Path):
-    return tiny_config(
-        model,
-        folder,
-        batch_size=4,
-        dropout=0.2,
-        max_steps=STEPS,
-        save_steps=SAVE_STEPS,
-        keep_checkpoints=1,
-        init_minimum=4,
-    )
+# They end within an epoch of four steps, where a run that is started again could train on.
+KINDS = {
+    "lora-sb": {},
+    "lora-xs": {"method": "lora-xs", "batching": "packed", "batch_size": 2},
+    "lora": {"method": "lora", "batch_size": 2, "accumulation": 2, "schedule": "cosine"},
+    "lora-one": {"method": "lora-one", "max_steps": None, "epochs": 1.5},
+    "full": {"method": "full", "learning_rate": 5e-3},
+    "classifier": {"task": "classification", "dtype": "bfloat16"},
+}
 
 
 def forked(work: Callable[[], None], seconds: float | None = None) -> tuple[int, str]:
@@ -136,32 +134,41 @@ def full_disk(bytes_left: int) -> None:
 
 
 class Runs:
-    """Runs of one configuration, each in its own folder."""
+    """Runs of one kind in folders of their own."""
 
-    def __init__(self, model: Path, folder: Path):
-        self.model, self.folder, self.count = model, folder, 0
+    def __init__(self, model: Path, folder: Path, kind: str):
+        self.model, self.folder, self.kind, self.count = model, folder, kind, 0
 
     def new_folder(self) -> Path:
         self.count += 1
-        return self.folder / str(self.count)
+        return self.folder / f"{self.kind} {self.count}"
 
     def train(self, folder: Path, *callbacks) -> None:
-        run.finetune(config(self.model, folder), sums(ROWS), callbacks=callbacks)
+        settings = {
+            "batch_size": 4,
+            "dropout": 0.2,
+            "max_steps": STEPS,
+            "save_steps": SAVE_STEPS,
+            "keep_checkpoints": 1,
+            "init_minimum": 4,
+        }
+        config = tiny_config(self.model, folder, **(settings | KINDS[self.kind]))
+        if self.kind == "classifier":
+            run.finetune(config, reviews(ROWS), reviews(5), callbacks=callbacks)
+        else:
+            run.finetune(config, sums(ROWS), sums(5), callbacks=callbacks)
 
     def finish(self, folder: Path) -> dict:
-        """Starts the run again until it ends; returns its outcome."""
+        """Starts the run again until it ends; its outcome."""
         status, error = forked(lambda: self.train(folder))
-        result = folder / "result.json"
-        losses = json.loads(result.read_text())["losses"] if result.exists() else None
-        left = sorted(path.name for path in folder.rglob(".*"))
-        return {"status": status, "error": error, "losses": losses, "remains": left}
+        return {"status": status, "error": error, **outcome(folder)}
 
     def fault(self, kind: str, value) -> dict:
-        """One fault, and the run after it."""
+        """One fault, the run after it, and the start after that."""
         folder = self.new_folder()
 
         def faulty() -> None:
-            if kind == "kill":
+            if kind in ("kill", "restart"):
                 on_changes(lambda count: die() if count == value else None)
             act = {
                 "memory": out_of_memory,
@@ -170,6 +177,8 @@ class Runs:
             }
             self.train(folder, *([AtStep(value, act[kind])] if kind in act else []))
 
+        if kind == "restart":  # the run has ended before the one that is killed starts
+            self.finish(folder)
         seconds = value if kind == "time" else None
         status, error = forked(faulty, seconds)
         found = checkpoints(folder)
@@ -178,7 +187,17 @@ class Runs:
         hidden = sorted(path.name for path in folder.glob(".checkpoint*"))
         first = {"status": status, "error": error, "hidden": hidden}
         first["steps"] = [int(path.name[11:]) for path in found]
-        return {"first": first, "second": self.finish(folder)}
+        return {"first": first, "second": self.finish(folder), "third": self.finish(folder)}
+
+    def twice(self, seconds: float) -> dict:
+        """Two starts in one folder, so many seconds apart, and one after them."""
+        folder, processes = self.new_folder(), []
+        for pause in (0, seconds):
+            time.sleep(pause)
+            processes.append(start(lambda: self.train(folder)))
+        names = [child for child, _ in processes]
+        ends = [ended(process) for process in processes]
+        return {"processes": names, "ends": ends, "second": self.finish(folder)}
 
     def damaged(self, name: str) -> dict:
         """A bit of a file of the newest checkpoint flipped, and the run after it."""
@@ -218,37 +237,61 @@ class Runs:
         return {"first": first, "steps": steps, "alone": alone, "second": second, "losses": losses}
 
     def whole(self) -> dict:
-        """A run without a fault, with its seconds and changes to files."""
-        folder, counter = self.new_folder(), self.folder / "changes"
+        """A run that nothing happens to, with its seconds and changes to files."""
+        folder, counter = self.new_folder(), self.folder / f"{self.kind} changes"
 
         def counted() -> None:
             seen = on_changes(lambda count: None)
             self.train(folder)
-            counter.write_text(str(len(seen)))
+            with counter.open("a") as file:
+                file.write(f"{len(seen)}\n")
 
         began = time.perf_counter()
         status, error = forked(counted)
         seconds = time.perf_counter() - began
-        losses = json.loads((folder / "result.json").read_text())["losses"] if not status else error
-        return {"losses": losses, "seconds": seconds, "changes": int(counter.read_text())}
+        assert status == 0, error
+        state = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())
+        forked(counted)
+        changes, restart = map(int, counter.read_text().split())
+        counts = {"kill": changes, "restart": restart, "time": seconds, "twice": seconds}
+        return {"kind": self.kind, "epochs": state["epoch"], "counts": counts, **outcome(folder)}
+
+
+def outcome(folder: Path) -> dict:
+    """The losses of a run, the bits of what it has trained, and hidden files."""
+    result = folder / "result.json"
+    record = json.loads(result.read_text()) if result.exists() else {}
+    trained = [path for name in ("adapter", "model") for path in (folder / name).glob("*.safe*")]
+    return {
+        "losses": record.get("losses"),
+        "after": record.get("after"),
+        "bits": {path.name: digest_of(read_tensors(path)[0]) for path in sorted(trained)},
+        "checkpoints": [path.name for path in checkpoints(folder)],
+        "remains": sorted(path.name for path in folder.rglob(".*")),
+    }
 
 
 def main() -> None:
-    model, folder, faults = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    llama, bert, folder = map(Path, sys.argv[1:4])
     torch.set_num_threads(1)
-    runs = Runs(model, folder)
-    whole = runs.whole()
-    print(json.dumps(whole), flush=True)
-    for kind, value in faults:
-        if kind == "kill":  # a share of the run's changes to files
-            outcome = runs.fault(kind, max(1, round(value * whole["changes"])))
-        elif kind == "time":
-            outcome = runs.fault(kind, value * whole["seconds"])
-        elif kind in ("damaged", "worker"):
-            outcome = getattr(runs, kind)(value)
+    known: dict[str, tuple[Runs, dict]] = {}
+    for kind, fault, value in json.loads(sys.argv[4]):
+        if kind not in known:
+            runs = Runs(bert if kind == "classifier" else llama, folder, kind)
+            known[kind] = runs, runs.whole()
+            print(json.dumps(known[kind][1]), flush=True)
+        runs, whole = known[kind]
+        if fault in ("kill", "restart"):  # a share of the changes to files
+            done = runs.fault(fault, max(1, round(value * whole["counts"][fault])))
+        elif fault == "time":
+            done = runs.fault(fault, value * whole["counts"]["time"])
+        elif fault == "twice":
+            done = runs.twice(value * whole["counts"]["time"])
+        elif fault in ("damaged", "worker"):
+            done = getattr(runs, fault)(value)
         else:
-            outcome = runs.fault(kind, value)
-        print(json.dumps({"fault": [kind, value], **outcome}), flush=True)
+            done = runs.fault(fault, value)
+        print(json.dumps({"fault": [kind, fault, value], **done}), flush=True)
 
 
 if __name__ == "__main__":

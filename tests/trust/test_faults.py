@@ -1,7 +1,8 @@
 """However a run ends, the next start gives the curve of the uninterrupted run or a clear error.
 
-No silent restart, no partial checkpoint under a checkpoint's name, and no complete
-checkpoint is lost except by the rule that keeps a fixed number. `killed_runs` makes the faults.
+Never a silent restart, never half a checkpoint under a checkpoint's name, and no complete
+checkpoint is lost except by the rule that keeps a fixed number. A run that has ended stays as it
+is, and two in one folder do not harm each other. `killed_runs` makes the faults.
 """
 
 import json
@@ -19,15 +20,17 @@ from lorasb_kernels.train.errors import CheckpointError, ConfigError
 from lorasb_kernels.train.output_folder import claim, is_claimed, remove_remains
 from lorasb_kernels.utils.files import atomic_folder, replacing
 from tests.train.conftest import sums, tiny_config
+from tests.trust.killed_runs import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("trained", "optimizer", "scheduler", "rng-0")
 
 
-def outcomes(model, folder, faults) -> tuple[dict, list[dict]]:
-    """The uninterrupted run, and the outcome of each fault."""
+def outcomes(llama, bert, folder, faults) -> tuple[dict[str, dict], list[dict]]:
+    """The unbroken runs by kind, and the outcome of each fault."""
+    arguments = [llama, bert, folder, json.dumps(faults)]
     completed = subprocess.run(
-        [sys.executable, "-m", "tests.trust.killed_runs", model, folder, json.dumps(faults)],
+        [sys.executable, "-m", "tests.trust.killed_runs", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -36,51 +39,86 @@ def outcomes(model, folder, faults) -> tuple[dict, list[dict]]:
     )
     assert completed.returncode == 0, completed.stderr
     lines = [json.loads(line) for line in completed.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(faults) + 1
-    return lines[0], lines[1:]
+    wholes = {line["kind"]: line for line in lines if "kind" in line}
+    done = [line for line in lines if "fault" in line]
+    assert len(done) == len(faults)
+    return wholes, done
 
 
-def goes_on(whole: dict, outcome: dict) -> None:
-    second = outcome["second"]
-    assert second["status"] == 0, second["error"]
-    assert second["losses"] == whole["losses"]
-    assert not second["remains"]
+def same(whole: dict, other: dict) -> None:
+    """The curve, evaluation and bits of the unbroken run, and nothing else in the folder."""
+    assert other["status"] == 0, other["error"]
+    for name in ("losses", "after", "bits", "checkpoints"):
+        assert other[name] == whole[name], name
+    assert whole["bits"]
+    assert not other["remains"]
 
 
-def check_kills(model, folder, shares, times):
-    faults = [["kill", share] for share in shares] + [["time", share] for share in times]
-    whole, kills = outcomes(model, folder, faults)
-    newest = 0
-    for outcome in kills:
-        goes_on(whole, outcome)
-        if outcome["fault"][0] == "kill":  # the shares grow, and so does what is kept
-            first = outcome["first"]
-            assert first["status"] == -9, first["error"]
-            assert len(first["steps"]) <= 2
-            assert max(first["steps"], default=0) >= newest
-            newest = max(first["steps"], default=0)
-    assert newest == 6
+def check_kills(llama, bert, folder, faults):
+    wholes, kills = outcomes(llama, bert, folder, faults)
+    for whole in wholes.values():
+        assert whole["epochs"] % 1, "it ends within an epoch"
+    for kill in kills:
+        kind, fault, _ = kill["fault"]
+        assert kill["first"]["status"] == -9 or fault == "time", kill["first"]["error"]
+        assert len(kill["first"]["steps"]) <= 2
+        same(wholes[kind], kill["second"])
+        same(wholes[kind], kill["third"])
+    return kills
 
 
-def test_killed_while_writing(llama, tmp_path):
-    """At changes to files spread over the run, most of them inside a checkpoint."""
-    check_kills(llama, tmp_path, (0.45, 0.6, 0.96), (0.7,))
+def test_killed_while_writing(llama, bert, tmp_path):
+    """At changes to files: late in six kinds of run, and once after the end."""
+    shares = {"lora-sb": 0.45, "lora-xs": 0.7, "lora": 0.8, "lora-one": 0.9, "full": 0.96}
+    faults = [[kind, "kill", share] for kind, share in shares.items()]
+    check_kills(llama, bert, tmp_path, [*faults, ["classifier", "restart", 0.5]])
 
 
 @pytest.mark.slow
-def test_killed_sixty_times(llama, tmp_path):
-    shares = [(i + 0.5) / 50 for i in range(50)]
-    check_kills(llama, tmp_path, [*shares, 0.999], [i / 10 for i in range(1, 10)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_seventeen_times(kind, llama, bert, tmp_path):
+    """102 kills in all, of which 18 of a run that had ended before."""
+    faults = [[kind, "kill", (i + 0.5) / 12] for i in range(12)]
+    faults += [[kind, "restart", share] for share in (0.1, 0.5, 0.9)]
+    kills = check_kills(llama, bert, tmp_path, [*faults, [kind, "time", 0.4], [kind, "time", 0.8]])
+    kept = [max(kill["first"]["steps"], default=0) for kill in kills[:12]]
+    assert kept == sorted(kept), "the shares grow, and so does what is kept"
+    assert kept[-1] == 6
 
 
-def test_a_full_disk_a_full_gpu_and_a_loss_that_is_no_number(llama, tmp_path):
+def check_two_starts(llama, bert, folder, pauses):
+    faults = [["lora-sb", "twice", pause] for pause in pauses]
+    wholes, trials = outcomes(llama, bert, folder, faults)
+    refused = 0
+    for trial in trials:
+        for (status, error), other in zip(trial["ends"], trial["processes"][::-1], strict=True):
+            if status:
+                assert f"is in use by process {other} on " in error, error
+                assert error.startswith("ConfigError: output_dir ")
+                refused += 1
+        assert [status for status, _ in trial["ends"]].count(0) >= 1
+        same(wholes["lora-sb"], trial["second"])
+    assert refused >= len(trials) // 2, "they met"
+
+
+def test_two_starts_in_one_folder(llama, bert, tmp_path):
+    check_two_starts(llama, bert, tmp_path, (0, 0.5))
+
+
+@pytest.mark.slow
+def test_twenty_times_two_starts_in_one_folder(llama, bert, tmp_path):
+    check_two_starts(llama, bert, tmp_path, [i / 20 for i in range(20)])
+
+
+def test_a_full_disk_a_full_gpu_and_a_loss_that_is_no_number(llama, bert, tmp_path):
     faults = [["disk", 2], ["memory", 3], ["nan", 3], ["damaged", "trained.safetensors"]]
-    whole, (disk, memory, nan, damaged) = outcomes(llama, tmp_path, faults)
+    faults = [["lora-sb", *fault] for fault in faults]
+    wholes, (disk, memory, nan, damaged) = outcomes(llama, bert, tmp_path, faults)
     for outcome in (disk, memory, nan):
         assert outcome["first"]["status"] == 1
         assert outcome["first"]["steps"] == [2]
         assert not outcome["first"]["hidden"], "what was half written is gone"
-        goes_on(whole, outcome)
+        same(wholes["lora-sb"], outcome["second"])
     assert "safetensors cannot be written" in disk["first"]["error"]
     assert memory["first"]["error"].startswith("OutOfMemoryError")
     # In which of the two it shows first depends on the CPU's attention kernel.
@@ -90,8 +128,8 @@ def test_a_full_disk_a_full_gpu_and_a_loss_that_is_no_number(llama, tmp_path):
     assert damaged["untouched"]
 
 
-def test_one_of_two_processes_dies(llama, tmp_path):
-    _, (outcome,) = outcomes(llama, tmp_path, [["worker", 3]])
+def test_one_of_two_processes_dies(llama, bert, tmp_path):
+    _, (outcome,) = outcomes(llama, bert, tmp_path, [["lora-sb", "worker", 3]])
     (survivor, error), (killed, _) = outcome["first"]
     assert killed == -9
     assert survivor == 1, "it does not go on alone"
