@@ -30,8 +30,8 @@ STAGING = ".checkpoint"
 REMAINS = (STAGING, ".adapter.*", ".model.*", ".*.json.*")
 REMAINS += ("adapter/.*.json.*", "adapter/.*.safetensors.*")
 # Settings that may change between two starts of a run: nothing that is trained depends on them.
-CHANGEABLE = ("eval_data", "eval_batch_size", "max_new_tokens", "stop", "max_cut_share")
-CHANGEABLE += ("keep_checkpoints", "report_to")
+CHANGEABLE = ("eval_data", "eval_batch_size", "max_new_tokens", "stop", "response_prefix")
+CHANGEABLE += ("max_cut_share", "keep_checkpoints", "report_to")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
 
