@@ -58,7 +58,7 @@ def test_cores_and_what_fits_of_the_head_are_taken_over(bert, tokenizer, tmp_pat
 )
 def test_another_kind_of_adapter_is_refused(bert, tokenizer, tmp_path, settings, message):
     own = {"method": "lora-xs", "target_modules": ("query", "value")}
-    prepared(bert, tokenizer, tmp_path / "mnli", **own)
+    save_adapter(prepared(bert, tokenizer, tmp_path / "mnli", **own), tmp_path / "mnli" / "adapter")
     with pytest.raises(ConfigError, match=message):
         prepared(
             bert,
