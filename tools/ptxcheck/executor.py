@@ -1,4 +1,4 @@
-"""Program binding and thread scheduling for one batch of blocks.
+"""Control flow and thread scheduling for one batch of blocks.
 
 Threads that share a program counter form a group.  The group that comes first
 in the order of :mod:`flow` runs first, so that divergent threads meet again at
@@ -10,27 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import (  # noqa: F401 - they fill the tables of binders
-    arithmetic,
-    async_copies,
-    atomics,
-    bitwise,
-    comparison,
-    conversion,
-    device_calls,
-    memops,
-    mma,
-    moves,
-    wmma,
-)
 from .async_copies import AsyncCopies
 from .barriers import BlockBarriers
-from .binding import BINDERS, SYNC, unsupported
+from .binding import unsupported
 from .bulk import BulkCopies
 from .checks import SharedChecker
 from .cluster import cluster_barrier
 from .errors import DeadlockError, ExecutionError, PtxError
 from .mbarrier import Barriers
+from .program import Program
 from .registers import RegisterPool
 from .sleepers import Sleepers
 from .state import BatchState
@@ -82,87 +70,12 @@ class Batch:
         st.bulk = BulkCopies(st, options.cp_async)
         st.wgmma = WarpgroupUnit(st)
         self.code = kernel.code
-        self.bound = [None] * len(self.code)
-        self.kind = [None] * len(self.code)
+        self.program = Program(kernel, st)
         self.useg, self.dseg = {}, {}
         self.label_pc = kernel.label_pc
-        self.leaders = set(self.label_pc.values())
-        for pc, ins in enumerate(self.code):
-            self.kind[pc] = kind = self.classify(ins)
-            if kind in ("control", "sync"):
-                self.leaders.add(pc)
-                self.leaders.add(pc + 1)
         self.barriers = BlockBarriers(self)
         self.pool = RegisterPool(self)
         self.sleepers = Sleepers(self)
-
-    # ------------------------------------------------------------- binding
-    def classify(self, ins):
-        b = ins.base
-        if b in ("bra", "brx", "ret", "exit"):
-            return "control"
-        if b in ("bar", "barrier"):
-            if b == "bar" and "warp" in ins.mods:
-                return "sync"
-            return "control"
-        if b == "setmaxnreg" or (b == "mbarrier" and ins.mods[0] == "try_wait"):
-            return "control"
-        if b in SYNC:
-            return "sync"
-        return "plain"
-
-    def closure(self, pc):
-        """The bound form of a plain or sync instruction."""
-        ex = self.bound[pc]
-        if ex is None:
-            ins = self.code[pc]
-            key = "bar.warp" if ins.base == "bar" else ins.base
-            bind = SYNC[key] if self.kind[pc] == "sync" else BINDERS.get(key)
-            if bind is None:
-                raise unsupported(ins, "unknown or unsupported instruction")
-            else:
-                try:
-                    ex = bind(self.st, ins)
-                except PtxError as e:
-                    if "PTX line" in str(e):
-                        raise
-                    raise type(e)(f"{e} in {ins.where()}") from None
-                except (
-                    KeyError,
-                    IndexError,
-                    AttributeError,
-                    StopIteration,
-                    TypeError,
-                    ValueError,
-                ) as e:
-                    raise unsupported(ins, f"cannot decode ({type(e).__name__}: {e})") from e
-            if ins.guard is not None:
-                ex = self.guarded(ex, ins)
-            self.bound[pc] = ex
-        return ex
-
-    def guarded(self, ex, ins):
-        st = self.st
-        p, neg = st.row(ins.guard), ins.guard_neg
-        count = np.count_nonzero
-
-        def run(m):
-            gm = ~p if neg else p
-            if m is not None:
-                gm = gm & m
-                if gm.any():
-                    ex(gm)
-                return
-            if not st.all_live:
-                gm = gm & st.live
-            c = count(gm)
-            if c == st.nlive:
-                ex(None)
-            elif c:
-                # the predicate row may be overwritten by the instruction
-                ex(gm.copy() if gm is p else gm)
-
-        return run
 
     def segment(self, pc, uniform):
         cache = self.useg if uniform else self.dseg
@@ -174,8 +87,8 @@ class Batch:
                 if i >= n:
                     ctrl = self.exit_closure(None, n)
                     break
-                kind = self.kind[i]
-                if not uniform and i > pc and i in self.leaders:
+                kind = self.program.kind[i]
+                if not uniform and i > pc and i in self.program.leaders:
                     ctrl = self.fall(i)  # others may wait here
                     i -= 1
                     break
@@ -185,7 +98,7 @@ class Batch:
                 if kind == "sync" and not uniform:
                     ctrl = self.sync_closure(i)
                     break
-                body.append(self.closure(i))
+                body.append(self.program.closure(i))
                 i += 1
             seg = cache[pc] = Segment(pc, min(i + 1, n), body, ctrl)
         return seg
@@ -311,7 +224,7 @@ class Batch:
         partners are missing wait here."""
         st = self.st
         ins = self.code[pc]
-        ex = self.closure(pc)
+        ex = self.program.closure(pc)
         op = member_operand(ins)
         if ins.base == "shfl" and "sync" not in ins.mods:
             raise unsupported(ins)

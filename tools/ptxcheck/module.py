@@ -99,9 +99,9 @@ class Module:
             except PtxError as e:
                 out[n] = [str(e)]
                 continue
-            for pc, kind in enumerate(batch.kind):
+            for pc, kind in enumerate(batch.program.kind):
                 try:
-                    batch.control(pc) if kind == "control" else batch.closure(pc)
+                    batch.control(pc) if kind == "control" else batch.program.closure(pc)
                 except PtxError as e:
                     bad.append(str(e))
             out[n] = bad

@@ -7,6 +7,19 @@ import re
 import struct
 
 from .errors import PtxSyntaxError
+from .scanning import (
+    COMMENT,
+    FILE,
+    GUARD,
+    LABEL,
+    LOC,
+    NAME,
+    NUMBER,
+    Scope,
+    blank,
+    parse_number,
+    split_top,
+)
 from .syntax import (
     SINK,
     SPECIAL,
@@ -29,126 +42,24 @@ from .syntax import (
     Vec,
 )
 
-_COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"', re.S)
-_LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)(?:\s+(\d+))?.*$")
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?.*$')
-_NAME = re.compile(r"[A-Za-z_$%][A-Za-z0-9_$]*")
-_LABEL = re.compile(r"\s*([A-Za-z_$][A-Za-z0-9_$]*)\s*:(?!:)")
-_GUARD = re.compile(r"@\s*(!?)\s*([%A-Za-z_$][\w$]*)\s*")
-_NUM = re.compile(
-    r"[+-]?\s*(?:0[fFdD][0-9a-fA-F]+|0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|"
-    r"\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+U?)$"
-)
-
-
-def _blank(match):
-    text = match.group(0)
-    if text.startswith('"'):
-        return text
-    return re.sub(r"[^\n]", " ", text)
-
-
-def parse_number(text):
-    """Text of a PTX literal -> Imm."""
-    t = text.replace(" ", "")
-    neg = t.startswith("-")
-    t = t.lstrip("+-")
-    low = t.lower()
-    if low.startswith("0f") and len(t) == 10:
-        v = struct.unpack("<f", struct.pack("<I", int(t[2:], 16)))[0]
-        if v != v:  # keep NaN payloads exact
-            return Imm(int(t[2:], 16), "f32bits")
-        return Imm(-v if neg else v, "f32")
-    if low.startswith("0d") and len(t) == 18:
-        v = struct.unpack("<d", struct.pack("<Q", int(t[2:], 16)))[0]
-        return Imm(-v if neg else v, "f64")
-    if "." in t or ("e" in low and not low.startswith("0x")):
-        v = float(t)
-        return Imm(-v if neg else v, "f64")
-    t = t.rstrip("uU")
-    low = t.lower()
-    if low.startswith("0x"):
-        v = int(t, 16)
-    elif low.startswith("0b"):
-        v = int(t, 2)
-    elif len(t) > 1 and t[0] == "0":
-        v = int(t, 8)
-    else:
-        v = int(t)
-    return Imm(-v if neg else v, "i")
-
-
-def split_top(text, sep=","):
-    """Split at top-level separators (outside brackets)."""
-    out, depth, cur = [], 0, []
-    for ch in text:
-        if ch in "[{(":
-            depth += 1
-        elif ch in "]})":
-            depth -= 1
-        if ch == sep and depth == 0:
-            out.append("".join(cur).strip())
-            cur = []
-        else:
-            cur.append(ch)
-    last = "".join(cur).strip()
-    if last or out:
-        out.append(last)
-    return out
-
-
-class _Scope:
-    def __init__(self, parent=None):
-        self.parent = parent
-        self.names = {}
-        self.labels = {}
-        self.families = []  # (prefix, count, type) for %r<10>
-        self._made = {}
-
-    def find(self, name):
-        scope = self
-        while scope is not None:
-            hit = scope.names.get(name)
-            if hit is not None:
-                return hit
-            for prefix, count, type_ in scope.families:
-                if (
-                    name.startswith(prefix)
-                    and name[len(prefix) :].isdigit()
-                    and int(name[len(prefix) :]) < count
-                ):
-                    reg = Reg(name, type_)
-                    scope.names[name] = reg
-                    return reg
-            scope = scope.parent
-        return None
-
-    def label(self, name):
-        scope = self
-        while scope is not None:
-            if name in scope.labels:
-                return scope.labels[name]
-            scope = scope.parent
-        return None
-
 
 class Parser:
     def __init__(self, text):
         self.raw = text
-        text = _COMMENT.sub(_blank, text)
+        text = COMMENT.sub(blank, text)
         self.ast = ModuleAst()
         self.loc_lines, self.loc_vals = [], []
         lines = text.split("\n")
         for i, ln in enumerate(lines):
             if ".loc" in ln:
-                m = _LOC.match(ln)
+                m = LOC.match(ln)
                 if m:
                     self.loc_lines.append(i + 1)
                     self.loc_vals.append((int(m.group(1)), int(m.group(2))))
                     lines[i] = ""
                     continue
             if ".file" in ln:
-                m = _FILE.match(ln)
+                m = FILE.match(ln)
                 if m:
                     name = m.group(3) if m.group(3) else m.group(2)
                     self.ast.files[int(m.group(1))] = name
@@ -158,7 +69,7 @@ class Parser:
         for m in re.finditer("\n", self.text):
             self.line_starts.append(m.end())
         self.pos = 0
-        self.module_scope = _Scope()
+        self.module_scope = Scope()
 
     # -- helpers
     def line_of(self, pos):
@@ -290,7 +201,7 @@ class Parser:
         for tok in (t.strip() for t in split_top(flat)):
             if not tok:
                 continue
-            if _NUM.match(tok):
+            if NUMBER.match(tok):
                 imm = parse_number(tok)
                 if v.type == "f32":
                     val = imm.value if imm.kind == "f32bits" else None
@@ -338,7 +249,7 @@ class Parser:
     def function(self, is_entry, start):
         returns = self.paren_params() or []
         self.skip_ws()
-        m = _NAME.match(self.text, self.pos)
+        m = NAME.match(self.text, self.pos)
         if not m:
             self.fail("function name expected")
         name = m.group(0)
@@ -374,7 +285,7 @@ class Parser:
         self.ast.functions[name] = fn
 
     def body(self, fn):
-        scope = _Scope(self.module_scope)
+        scope = Scope(self.module_scope)
         for v in fn.params + fn.returns:
             scope.names[v.name] = v
         pending = []
@@ -386,7 +297,7 @@ class Parser:
                 self.fail("end of text inside a function")
             ch = text[self.pos]
             if ch == "{":
-                scope = _Scope(scope)
+                scope = Scope(scope)
                 depth += 1
                 self.pos += 1
                 continue
@@ -398,7 +309,7 @@ class Parser:
             if ch == ";":
                 self.pos += 1
                 continue
-            m = _LABEL.match(text, self.pos)
+            m = LABEL.match(text, self.pos)
             if m:
                 lab = LabelDef(m.group(1))
                 scope.labels[m.group(1)] = lab
@@ -455,7 +366,7 @@ class Parser:
         text = " ".join(stmt.split())
         s = stmt.strip()
         guard, neg = None, False
-        m = _GUARD.match(s)
+        m = GUARD.match(s)
         if m:
             neg = bool(m.group(1))
             guard = scope.find(m.group(2))
@@ -502,7 +413,7 @@ class Parser:
         if "|" in t:
             a, b = t.split("|", 1)
             return Pair(self.operand(a, scope, pos, base), self.operand(b, scope, pos, base))
-        if _NUM.match(t):
+        if NUMBER.match(t):
             return parse_number(t)
         if base in ("bra", "brx"):
             lab = scope.label(t)
@@ -540,7 +451,7 @@ class Parser:
             if m.group(2) == "-":
                 off = -off
         name = m.group(1)
-        if _NUM.match(name):
+        if NUMBER.match(name):
             return Addr(None, parse_number(name).value + off)
         hit = scope.find(name)
         if hit is None:
