@@ -116,10 +116,11 @@ class Memory:
 
     def map_at(self, address: int, data: np.ndarray, name: str) -> Buffer:
         """Map uint8 array `data` at a given address (until it is released); returns the Buffer."""
-        before, after = self.find(address), self.find(address + data.nbytes - 1)
-        if before or after:
-            raise PtxError(f"{name} at 0x{address:x} overlaps {before or after}")
-        return self._insert(Buffer(name, data, address, data))
+        new = Buffer(name, data, address, data)
+        for old in self.buffers:
+            if old.addr < new.end and new.addr < old.end:
+                raise PtxError(f"{new} overlaps {old}")
+        return self._insert(new)
 
     def _insert(self, buf):
         i = bisect.bisect_right(self.starts, buf.addr)

@@ -62,7 +62,8 @@ def test_buffers_do_not_overlap():
     data = np.zeros(64, np.uint8)
     memory.map_at(0x5000, data, "first")
     memory.map_at(0x5040, data, "next")
-    with pytest.raises(ptxcheck.PtxError, match="third at 0x503f overlaps first"):
-        memory.map_at(0x503F, data, "third")
+    for address, size in ((0x503F, 1), (0x4FF8, 9), (0x4000, 0x2000), (0x5010, 8)):
+        with pytest.raises(ptxcheck.PtxError, match=r"third .* overlaps first"):
+            memory.map_at(address, np.zeros(size, np.uint8), "third")
     assert memory.find(0x507F).name == "next"
     assert memory.find(0x5080) is None
