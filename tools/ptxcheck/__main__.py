@@ -1,35 +1,35 @@
-"""python -m ptxcheck FILE...: list kernels and instructions that cannot run.
+"""Lists the kernels of PTX or .cu files, and the instructions that cannot be executed.
 
-FILE is PTX text or a .cu source (compiled with nvcc for sm_86)."""
+    python -m ptxcheck [--arch 90a] kernel.ptx kernel.cu
 
+The exit status is 1 when there are such instructions.
+"""
+
+import argparse
 import sys
+from pathlib import Path
 
 from . import load, nvcc_ptx
 
 
-def main(paths):
-    if not paths:
-        print(__doc__)
-        return 2
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="ptxcheck", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="PTX text, or .cu for nvcc to compile")
+    parser.add_argument("--arch", default="86", help="what .cu files are compiled for (86)")
+    options = parser.parse_args()
     status = 0
-    for path in paths:
-        if path.endswith(".cu"):
-            text = nvcc_ptx(path)
-        else:
-            with open(path) as f:
-                text = f.read()
-        mod = load(text)
-        bad = mod.unsupported()
-        for name, params in mod.kernels.items():
-            args = ", ".join(t if n <= 8 else f"{n} bytes" for _, t, n in params)
-            k = mod._kernels.get(name)
-            size = f", {len(k.code)} instructions, {k.static_size} B static shared" if k else ""
-            print(f"{path}: {name}({args}){size}")
-            for msg in bad[name]:
+    for path in options.files:
+        text = nvcc_ptx(path, options.arch) if path.suffix == ".cu" else path.read_text()
+        module = load(text)
+        unsupported = module.unsupported()
+        for name, parameters in module.kernels.items():
+            types = ", ".join(t if size <= 8 else f"{size} bytes" for _, t, size in parameters)
+            print(f"{path}: {name}({types})")
+            for message in unsupported[name]:
                 status = 1
-                print(f"    unsupported: {msg}")
+                print(f"    unsupported: {message}")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ptxcheck
+from ptxcheck.__main__ import main
 
 TEXT = """
 .version 8.0
@@ -67,3 +68,14 @@ def test_buffers_do_not_overlap():
             memory.map_at(address, np.zeros(size, np.uint8), "third")
     assert memory.find(0x507F).name == "next"
     assert memory.find(0x5080) is None
+
+
+def test_the_command_lists_kernels_and_what_is_not_supported(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "kernels.ptx"
+    path.write_text(TEXT.replace("ret;", "tcgen05.fence::before_thread_sync;\n    ret;", 1))
+    monkeypatch.setattr("sys.argv", ["ptxcheck", str(path)])
+    assert main() == 1
+    listed, fault, other = capsys.readouterr().out.splitlines()
+    assert listed.endswith("kernels.ptx: copy(u64, u32)")
+    assert fault.startswith("    unsupported: PTX line 7: tcgen05")
+    assert other.endswith("kernels.ptx: other(u64)")
