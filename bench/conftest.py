@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from bench.environment import environment
-from bench.recording import Case, Measurement, ReplayClock, rows
-from lorasb_kernels.profiling import results
+from bench.recording import Case, Measurement, ReplayClock, rows, write
 from lorasb_kernels.profiling.results import Row
 from lorasb_kernels.profiling.roofline import Ceilings, measure_ceilings
 
@@ -123,7 +122,7 @@ class Recorder:
     def save(self) -> None:
         """Writes the measurements since the last call."""
         if self.folder and self.rows:
-            results.write(self.folder, self.environment, self.rows)
+            write(self.folder, self.environment, self.rows)
             self.rows.clear()
         self._saved = time.monotonic()
 

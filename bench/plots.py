@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.recording import folder_name
 from lorasb_kernels.profiling.results import Results, Row
 from lorasb_kernels.utils.figures import Styles, new_figure, save_png
 
@@ -17,7 +18,7 @@ def draw_plots(found: Results, folder: str | Path) -> list[Path]:
             figure.text(
                 0.995, 0.005, f"{where.gpu}, {where.date[:10]}", ha="right", fontsize="x-small"
             )
-            files.append(Path(folder) / f"{where.folder}-{name}.png")
+            files.append(Path(folder) / f"{folder_name(where.gpu)}-{name}.png")
             save_png(figure, files[-1])
     return files
 

@@ -1,12 +1,17 @@
 """From samples to rows of the results database and pytest-benchmark's `extra_info`."""
 
-from collections.abc import Sequence
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lorasb_kernels.profiling.costs import Cost, total
-from lorasb_kernels.profiling.results import Row
+from lorasb_kernels.profiling.results import COLUMNS, FORMAT, Environment, Row, read
 from lorasb_kernels.profiling.roofline import Ceilings
 from lorasb_kernels.profiling.timing import quantiles
+from lorasb_kernels.utils.files import write_text
 
 
 @dataclass(frozen=True)
@@ -95,4 +100,32 @@ class ReplayClock:
         self.now += next(self._durations)
 
 
-__all__ = ["Case", "Measurement", "ReplayClock", "rows"]
+def folder_name(gpu: str) -> str:
+    """The name of a device as that of a folder or file."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> Path:
+    """Adds rows to the file of `environment` in the database `folder`, atomically.
+
+    An existing row with the same key is replaced, so parts of a run can be repeated.
+
+    Returns:
+        The file.
+    """
+    date, commit = environment.date[:10], environment.commit.replace("+", "-changed")
+    path = Path(folder) / folder_name(environment.gpu) / f"{date}-{commit}.json"
+    known = {row.key: row for row in read(path).rows} if path.exists() else {}
+    known |= {row.key: row for row in rows}
+    header = {
+        "format": FORMAT,
+        "environment": dataclasses.asdict(environment),
+        "columns": COLUMNS,
+    }
+    lines = [json.dumps(dataclasses.astuple(row), allow_nan=False) for row in known.values()]
+    head = json.dumps(header, indent=1).removesuffix("\n}")
+    write_text(path, head + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+    return path
+
+
+__all__ = ["Case", "Measurement", "ReplayClock", "folder_name", "rows", "write"]

@@ -1,13 +1,10 @@
 """What to adapt and how: `LoRASBConfig`, validated when it is built."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, MAX_RANK
-from lorasb_kernels.utils.files import write_text
 
 SIGMA_SIDES = ("B", "A")
 SPECTRAL_SCALINGS = ("relative", "absolute")
@@ -210,15 +207,6 @@ class LoRASBConfig:
         if "r" not in fields:
             raise ValueError("field 'r' is missing")
         return cls(**fields)
-
-    def to_json(self, path: str | Path) -> None:
-        """Writes the configuration to `path`, atomically."""
-        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "LoRASBConfig":
-        """Reads what `to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 __all__ = ["INITS", "SPECTRAL_SCALINGS", "InitFacts", "LoRASBConfig"]

@@ -7,12 +7,11 @@ import pytest
 from lorasb_kernels import LoRASBConfig
 
 
-def test_json_round_trip(tmp_path):
+def test_json_round_trip():
     config = LoRASBConfig(
         24, ["q_proj", "v_proj"], "lora-xs", lora_alpha=48, modules_to_save=["classifier"]
     )
-    config.to_json(tmp_path / "config.json")
-    assert LoRASBConfig.from_json(tmp_path / "config.json") == config
+    assert LoRASBConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.target_modules == ("q_proj", "v_proj")
 
 
@@ -47,12 +46,10 @@ def test_bad_fields_are_named(fields, error, message):
         LoRASBConfig(**{"r": 8, **fields})
 
 
-def test_unknown_and_missing_fields_are_refused(tmp_path):
+def test_unknown_and_missing_fields_are_refused():
     with pytest.raises(ValueError, match=r"unknown fields \['rank'\]"):
         LoRASBConfig.from_dict({"r": 8, "rank": 8})
     with pytest.raises(ValueError, match="'r' is missing"):
         LoRASBConfig.from_dict({})
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps([8]))
     with pytest.raises(TypeError, match="fields is a list"):
-        LoRASBConfig.from_json(path)
+        LoRASBConfig.from_dict([8])

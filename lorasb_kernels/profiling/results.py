@@ -1,4 +1,4 @@
-"""The results database: one long format, one writer, one reader.
+"""The results database: one long format. `bench.recording` writes it.
 
 A file holds the results of one commit on one device on one day, `<gpu>/<date>-<commit>.json`:
 
@@ -10,12 +10,8 @@ A row is one number. `quantity` says what it is (`"time"`, `"bandwidth"`, …), 
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from lorasb_kernels.utils.files import write_text
 
 FORMAT = 1
 
@@ -39,16 +35,6 @@ class Environment:
     triton: str
     commit: str
     date: str
-
-    @property
-    def folder(self) -> str:
-        """The device's name as a folder's."""
-        return re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
-
-    @property
-    def file(self) -> str:
-        """`<gpu>/<date>-<commit>.json`, the path of the results in the database."""
-        return f"{self.folder}/{self.date[:10]}-{self.commit.replace('+', '-changed')}.json"
 
 
 @dataclass(frozen=True)
@@ -120,28 +106,6 @@ class Results:
         }
 
 
-def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> Path:
-    """Adds rows to the file of `environment` in the database `folder`, atomically.
-
-    An existing row with the same key is replaced, so parts of a run can be repeated.
-
-    Returns:
-        The file.
-    """
-    path = Path(folder) / environment.file
-    known = {row.key: row for row in read(path).rows} if path.exists() else {}
-    known |= {row.key: row for row in rows}
-    header = {
-        "format": FORMAT,
-        "environment": dataclasses.asdict(environment),
-        "columns": COLUMNS,
-    }
-    lines = [json.dumps(dataclasses.astuple(row), allow_nan=False) for row in known.values()]
-    head = json.dumps(header, indent=1).removesuffix("\n}")
-    write_text(path, head + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
-    return path
-
-
 def read(path: str | Path) -> Results:
     """Reads one file.
 
@@ -181,4 +145,12 @@ def read_all(path: str | Path) -> list[Results]:
     )
 
 
-__all__ = ["COLUMNS", "Environment", "Results", "Row", "read", "read_all", "write"]
+__all__ = [
+    "COLUMNS",
+    "FORMAT",
+    "Environment",
+    "Results",
+    "Row",
+    "read",
+    "read_all",
+]

@@ -173,7 +173,7 @@ class Siblings(nn.ModuleList):
 
 
 class Run:
-    """One way to compute a workload; `forward`, `backward` and `both` are calls to time.
+    """One way to compute a workload; `forward` and `both` are calls to time.
 
     Backward gives the gradients of all inputs and of whatever the modules train.
     """
@@ -181,7 +181,6 @@ class Run:
     def __init__(self, build: Build, workload: Workload):
         self.copies = workload.copies
         self.modules = [[Siblings(build(group)) for group in copy.groups] for copy in self.copies]
-        self._outputs: dict[int, list[torch.Tensor]] = {}
 
     def forward(self, i: int) -> list[torch.Tensor]:
         """All outputs, in the order of the layers."""
@@ -207,18 +206,6 @@ class Run:
         """Forward and backward; returns the gradients."""
         dys = self.copies[i % len(self.copies)].dys
         return torch.autograd.grad(self.forward(i), self.leaves(i), dys)
-
-    def backward(self, i: int) -> tuple[torch.Tensor, ...]:
-        """Only backward, over a graph that is built at the first call and kept."""
-        i %= len(self.copies)
-        if i not in self._outputs:
-            self._outputs[i] = self.forward(i)
-        dys = self.copies[i].dys
-        return torch.autograd.grad(self._outputs[i], self.leaves(i), dys, retain_graph=True)
-
-    def release(self) -> None:
-        """Drops the kept graphs."""
-        self._outputs.clear()
 
     def saved_bytes(self) -> int:
         """Bytes that forward keeps for backward, including inputs, without weights and adapters."""

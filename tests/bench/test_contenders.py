@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.comparison import TimedRun
 from bench.contenders import CONTENDERS
 from lorasb_kernels.ops.triton import interpreting
 from lorasb_kernels.profiling.shapes import Layer
@@ -61,7 +62,7 @@ def test_contender_equals_its_formula(name, dtype):
     if "triton" in name and dtype == torch.bfloat16 and interpreting():
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
     workload = Workload(GROUPS, M, R, dtype, DEVICE, bias=True, scaling=0.5)
-    run = Run(contender.build, workload)
+    run = TimedRun(contender.build, workload)
     found = [*run.forward(0), *run.both(0)]
     exact = expected(workload, contender.trains, torch.float64)
     eager = expected(workload, contender.trains, dtype)

@@ -9,11 +9,12 @@ import pytest
 from bench import changes as changes_tool
 from bench import report as report_tool
 from bench.changes import changes, changes_table
+from bench.recording import write
 from bench.report import render
 from lorasb_kernels.profiling.costs import WAYS
 from lorasb_kernels.profiling.gpus import GPUS
 from lorasb_kernels.profiling.prediction import prediction_errors
-from lorasb_kernels.profiling.results import Environment, Row, read, read_all, write
+from lorasb_kernels.profiling.results import Environment, Row, read, read_all
 from lorasb_kernels.profiling.roofline import datasheet_ceilings
 from lorasb_kernels.profiling.shapes import PRESETS
 

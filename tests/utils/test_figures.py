@@ -7,7 +7,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from bench.plots import bars_by_shape, overhead_over_tokens
-from lorasb_kernels.profiling.results import read_all, write
+from bench.recording import write
+from lorasb_kernels.profiling.results import read_all
 from lorasb_kernels.train.summary import Curve, loss_figure
 from lorasb_kernels.utils.figures import COLORS, LINE_STYLES, Styles, new_figure
 from tests.bench.test_results import WHERE, everything
