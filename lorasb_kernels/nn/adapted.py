@@ -15,6 +15,9 @@ from lorasb_kernels.quantization import quantization_of, weight_dtype
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# One call for torch.fx, as nn.Linear is: its checks and its choice of a backend want tensors.
+torch.fx.wrap("lorasb_linear")
+
 
 class AdaptedLinear(nn.Linear):
     """`y = x (W + s·B·R·A)ᵀ + bias` with W and bias frozen: the base of all adapted layers.

@@ -31,7 +31,7 @@ def inverse_grams(
 
 
 class _OptimalGradient(torch.autograd.Function):
-    """Identity on R; its gradient G becomes `left · G · right / s²`; None stands for I."""
+    """See `with_optimal_gradient`."""
 
     @staticmethod
     def forward(ctx, lora_R, left, right, scaling):
@@ -45,6 +45,19 @@ class _OptimalGradient(torch.autograd.Function):
         if left is not None:
             gradient = left @ gradient @ right
         return gradient / ctx.scaling**2, None, None, None
+
+
+def with_optimal_gradient(
+    lora_R: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """R, whose gradient G becomes `left · G · right / s²`; None stands for the identity."""
+    return _OptimalGradient.apply(lora_R, left, right, scaling)
+
+
+torch.fx.wrap("with_optimal_gradient")
 
 
 class LoRASBLinear(AdaptedLinear):
@@ -124,7 +137,7 @@ class LoRASBLinear(AdaptedLinear):
         plain = self.gradient_left is None and self.scaling == 1.0
         if plain or not self.optimal_gradient:
             return self.lora_R
-        return _OptimalGradient.apply(
+        return with_optimal_gradient(
             self.lora_R, self.gradient_left, self.gradient_right, self.scaling
         )
 

@@ -7,6 +7,8 @@ For LoRA without R.
 
 import torch
 
+from lorasb_kernels.ops.precision import autocast_off
+
 
 @torch.no_grad()
 def plain_factors(
@@ -23,7 +25,7 @@ def plain_factors(
     master = torch.promote_types(lora_A.dtype, torch.float32)
     lora_A, lora_B = lora_A.to(master), lora_B.to(master)
     if lora_R is not None:
-        with torch.autocast(lora_A.device.type, enabled=False):
+        with autocast_off(lora_A.device.type):
             lora_A = lora_R.to(master) @ lora_A
     return lora_A, scaling * lora_B
 
@@ -34,7 +36,7 @@ def delta_weight(
 ) -> torch.Tensor:
     """s·B·R·A [m, n], in fp32 (fp64); arguments as for `plain_factors`."""
     lora_A, lora_B = plain_factors(lora_A, lora_R, lora_B, scaling)
-    with torch.autocast(lora_A.device.type, enabled=False):
+    with autocast_off(lora_A.device.type):
         return lora_B @ lora_A
 
 

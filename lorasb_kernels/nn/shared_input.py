@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.ops.lorasb_linear import CommonInput
+from lorasb_kernels.ops.precision import autocast_dtype
 
 # Children of one module that read the same tensor, in the supported architectures.
 SIBLINGS = (
@@ -213,14 +214,13 @@ def _tensor_state(tensor: torch.Tensor) -> tuple:
 
 
 def _input_state(x: torch.Tensor) -> tuple:
-    device = x.device.type
     return (
         *_tensor_state(x),
         x.shape,
         x.stride(),
         x.requires_grad,
         x.grad_fn,
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        autocast_dtype(x.device.type),
         torch.cuda.current_stream(x.device) if x.is_cuda else None,
     )
 

@@ -17,10 +17,16 @@ def _fake(dy, h, lora_B, lora_R, scaling):
     return torch.empty_like(h), torch.empty_like(lora_R)
 
 
+def _flops(dy, h, *_):
+    (M, m), (_, r) = dy, h
+    return 2 * M * r * (m + 2 * r)
+
+
 _operator = BackendOperator(
     "core_backward",
     "(Tensor dy, Tensor h, Tensor lora_B, Tensor lora_R, float scaling) -> (Tensor q, Tensor dR)",
     fake=_fake,
+    flops=_flops,
 )
 
 

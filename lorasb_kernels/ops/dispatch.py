@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from lorasb_kernels.ops import extension, reference, triton
+from lorasb_kernels.ops.flops import register_flops
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, BACKENDS
 from lorasb_kernels.ops.precision import KERNEL_DTYPES
 from lorasb_kernels.ops.triton import interpreting
@@ -50,6 +51,14 @@ def _gpu_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def _interpreter_or_gpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not interpreting():
+        return _gpu_obstacle(device)
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly"
+    return None
+
+
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run on `device` in `dtype`; None when it can."""
     if backend == "reference":
@@ -57,7 +66,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in KERNEL_DTYPES:
         return f"it supports float16, bfloat16 and float32, not {dtype}"
     if backend == "triton":
-        return _triton_obstacle() or (None if interpreting() else _gpu_obstacle(device))
+        return _triton_obstacle() or _interpreter_or_gpu_obstacle(device, dtype)
     return extension.obstacle() or _gpu_obstacle(device)
 
 
@@ -117,14 +126,16 @@ class BackendOperator:
             function in `reference.py`; `triton.IMPLEMENTATIONS` says where Triton's is.
         schema: argument and return part of the schema, `(Tensor x, ...) -> Tensor`.
         fake: shape function with the operator's signature.
+        flops: what `FlopCounterMode` counts; takes the arguments, tensors as their shapes.
     """
 
-    def __init__(self, name: str, schema: str, fake: Callable):
+    def __init__(self, name: str, schema: str, fake: Callable, flops: Callable[..., int]):
         self.name = name
         for backend in BACKENDS:
             operator = f"{name}_{backend}"
             library.define(f"{operator}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"lorasb::{operator}", fake, lib=library)
+            register_flops(operator, flops)
             if backend != "cuda":
                 library.impl(operator, self._deferred(backend), "CompositeExplicitAutograd")
 

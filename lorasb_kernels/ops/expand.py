@@ -18,11 +18,17 @@ def _fake(x, weight, p, factor, bias, dropout, seed):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _flops(x, weight, p, *_):
+    (M, K), (N, _), (_, r) = x, weight, p
+    return 2 * M * N * (K + r)
+
+
 _operator = BackendOperator(
     "expand",
     "(Tensor x, Tensor weight, Tensor p, Tensor factor, Tensor? bias, float dropout,"
     " Tensor? seed) -> Tensor",
     fake=_fake,
+    flops=_flops,
 )
 
 

@@ -28,10 +28,16 @@ def _fake(left, rows, dropout, seed):
     return rows.new_empty((left.shape[1], rows.shape[1]), dtype=dtype)
 
 
+def _flops(left, rows, *_):
+    (M, r), (_, k) = left, rows
+    return 2 * M * r * k
+
+
 _operator = BackendOperator(
     "factor_gradient",
     "(Tensor left, Tensor rows, float dropout, Tensor? seed) -> Tensor",
     fake=_fake,
+    flops=_flops,
 )
 
 

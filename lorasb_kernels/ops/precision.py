@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -9,12 +10,26 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNEL_DTYPES = FLOAT_DTYPES[:3]  # only the reference runs float64
 
 
+def autocast_off(device_type: str) -> AbstractContextManager:
+    """Autocast off on a kind of device, also on one that has none (meta)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on a kind of device; None where it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def autocast_disabled(function: Callable) -> Callable:
     """Runs `function` with autocast off on the device of its first tensor argument."""
 
     @functools.wraps(function)
     def wrapper(first: torch.Tensor, *args):
-        with torch.autocast(first.device.type, enabled=False):
+        with autocast_off(first.device.type):
             return function(first, *args)
 
     return wrapper
@@ -33,4 +48,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-__all__ = ["FLOAT_DTYPES", "KERNEL_DTYPES", "autocast_disabled", "dot_precision"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "KERNEL_DTYPES",
+    "autocast_disabled",
+    "autocast_dtype",
+    "autocast_off",
+    "dot_precision",
+]

@@ -18,11 +18,17 @@ def _fake(x, lora_A, lora_R, scaling, dropout, seed):
     return x.new_empty(shape), x.new_empty(shape)
 
 
+def _flops(x, lora_A, *_):
+    (M, n), (r, _) = x, lora_A
+    return 2 * M * r * (n + r)
+
+
 _operator = BackendOperator(
     "shrink",
     "(Tensor x, Tensor lora_A, Tensor lora_R, float scaling, float dropout, Tensor? seed)"
     " -> (Tensor h, Tensor p)",
     fake=_fake,
+    flops=_flops,
 )
 
 

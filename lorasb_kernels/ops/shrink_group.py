@@ -22,10 +22,16 @@ def _fake(x, lora_As, lora_Rs, scaling):
     return x.new_empty(shape), x.new_empty(shape)
 
 
+def _flops(x, lora_As, *_):
+    M, n = x
+    return sum(2 * M * r * (n + r) for r, _ in lora_As)
+
+
 _operator = BackendOperator(
     "shrink_group",
     "(Tensor x, Tensor[] lora_As, Tensor[] lora_Rs, float scaling) -> (Tensor h, Tensor p)",
     fake=_fake,
+    flops=_flops,
 )
 
 

@@ -17,10 +17,16 @@ def _fake(acc, grad_output, x, row_weight):
     return None
 
 
+def _flops(acc, grad_output, *_):
+    (m, n), (M, _) = acc, grad_output
+    return 2 * M * m * n
+
+
 _operator = BackendOperator(
     "sign_accumulate",
     "(Tensor(a!) acc, Tensor grad_output, Tensor x, Tensor? row_weight) -> ()",
     fake=_fake,
+    flops=_flops,
 )
 
 

@@ -18,10 +18,16 @@ def _fake(grad_output, x, row_weight):
     return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
 
 
+def _flops(grad_output, x, *_):
+    (M, m), (_, n) = grad_output, x
+    return 2 * M * m * n
+
+
 _operator = BackendOperator(
     "sign_gradient",
     "(Tensor grad_output, Tensor x, Tensor? row_weight) -> (Tensor positive, Tensor negative)",
     fake=_fake,
+    flops=_flops,
 )
 
 

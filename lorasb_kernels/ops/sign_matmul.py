@@ -17,10 +17,16 @@ def _fake(positive, negative, dense, columns, transpose):
     return dense.new_empty(columns if transpose else positive.shape[0], dense.shape[1])
 
 
+def _flops(positive, negative, dense, columns, *_):
+    (m, _), (_, q) = positive, dense
+    return 2 * m * columns * q
+
+
 _operator = BackendOperator(
     "sign_matmul",
     "(Tensor positive, Tensor negative, Tensor dense, int columns, bool transpose) -> Tensor",
     fake=_fake,
+    flops=_flops,
 )
 
 

@@ -14,8 +14,15 @@ works element by element:
     optimizer.zero_grad()
 """
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from lorasb_kernels.targets import layers_of
 
@@ -28,9 +35,11 @@ class PackedCores:
     `parameter.grad`, the same memory. Either `optimizer.zero_grad()` or `model.zero_grad()`
     starts a new sum.
 
-    Limits: a core without a gradient counts as one with a gradient of 0 (a plain AdamW would
-    skip it); all cores are on one device and stay there (pack after `model.to(device)`); a
-    deep copy of the model is a plain model; optimizers that look at whole matrices (Muon,
+    A step leaves a core without a gradient, and its moments, as they are.
+
+    Limits: the optimizer counts steps for all cores in common, also for one that had no gradient
+    in some of them; all cores are on one device and stay there (pack after `model.to(device)`);
+    a deep copy of the model is a plain model; optimizers that look at whole matrices (Muon,
     Adafactor, LAMB) need the separate cores; and so does `fully_shard`.
 
     Args:
@@ -64,47 +73,66 @@ class PackedCores:
         flat = torch.cat([core.detach().reshape(-1) for core in self._cores.values()])
         self.parameter = nn.Parameter(flat)
         self._gradient = torch.zeros_like(flat)
-        self._gradient_views = self._split(self._gradient)
+        self._gradient_views = dict(zip(self._cores, self._split(self._gradient), strict=True))
+        self._arrived: set[str] = set()  # cores with a gradient in the present sum
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.parameter.packed_cores = self  # whoever holds the parameter keeps the hooks at work
+        offset = 0
         for (name, core), view in zip(self._cores.items(), self._split(flat), strict=True):
             core.data = view
             core.grad = None
-            core.register_hook(self._before_accumulation(name))
-            core.register_post_accumulate_grad_hook(self._after_accumulation(name))
+            core.register_hook(_while_alive(self._before_accumulation, name, offset))
+            core.register_post_accumulate_grad_hook(_while_alive(self._after_accumulation, name))
+            offset += core.nbytes
+        for register, method in (
+            (register_optimizer_step_pre_hook, self._keep_cores_without_gradient),
+            (register_optimizer_step_post_hook, self._restore_cores_without_gradient),
+        ):
+            weakref.finalize(self, register(_while_alive(method)).remove)
+
+    def _keep_cores_without_gradient(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """An optimizer passes over parameters without a gradient, but not over parts of one."""
+        missing = [i for i, name in enumerate(self._cores) if name not in self._arrived]
+        held = any(p is self.parameter for group in optimizer.param_groups for p in group["params"])
+        if not (held and missing and self._arrived):
+            return
+        flat = [self.parameter.detach()] + [
+            value
+            for value in optimizer.state[self.parameter].values()
+            if isinstance(value, torch.Tensor) and value.shape == self.parameter.shape
+        ]
+        parts = [self._split(tensor)[i] for tensor in flat for i in missing]
+        self._kept = [(part, part.clone()) for part in parts]
+
+    @torch.no_grad()
+    def _restore_cores_without_gradient(self, *_) -> None:
+        for part, before in self._kept:
+            part.copy_(before)
+        self._kept = []
 
     def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = flat.split([core.numel() for core in self._cores.values()])
         return [p.view_as(core) for p, core in zip(parts, self._cores.values(), strict=True)]
 
-    def _before_accumulation(self, name: str):
-        core, offset = self._cores[name], self._offset(name)
+    def _before_accumulation(self, name: str, offset: int, _) -> None:
+        if self._cores[name].data_ptr() != self.parameter.data_ptr() + offset:
+            raise RuntimeError(
+                f"{name}.lora_R is no longer a view of the packed cores; expected "
+                "PackedCores(model) after the model's last move or cast"
+            )
+        summing = any(other.grad is not None for other in self._latest_first())
+        if self.parameter.grad is None or not summing:
+            # After optimizer.zero_grad() or model.zero_grad() a new sum starts.
+            self._arrived.clear()
+            self._gradient.zero_()
 
-        def start_new_sum_if_gradients_were_cleared(_):
-            if core.data_ptr() != self.parameter.data_ptr() + offset:
-                raise RuntimeError(
-                    f"{name}.lora_R is no longer a view of the packed cores; expected "
-                    "PackedCores(model) after the model's last move or cast"
-                )
-            summing = any(other.grad is not None for other in self._latest_first())
-            if self.parameter.grad is None or not summing:
-                self._gradient.zero_()  # after optimizer.zero_grad() or model.zero_grad()
-
-        return start_new_sum_if_gradients_were_cleared
-
-    def _after_accumulation(self, name: str):
-        view = self._gradient_views[list(self._cores).index(name)]
-
-        def move_into_the_flat_gradient(core):
-            if core.grad.data_ptr() != view.data_ptr():
-                view.copy_(core.grad)
-                core.grad = view
-            self.parameter.grad = self._gradient
-
-        return move_into_the_flat_gradient
-
-    def _offset(self, name: str) -> int:
-        names = list(self._cores)
-        before = [self._cores[other].numel() for other in names[: names.index(name)]]
-        return sum(before) * self.parameter.element_size()
+    def _after_accumulation(self, name: str, core: torch.Tensor) -> None:
+        view = self._gradient_views[name]
+        if core.grad.data_ptr() != view.data_ptr():
+            view.copy_(core.grad)
+            core.grad = view
+        self.parameter.grad = self._gradient
+        self._arrived.add(name)
 
     def _latest_first(self):
         # Backward runs from the last layer to the first, so this finds a gradient at once.
@@ -182,6 +210,17 @@ class PackedCores:
         if any(value != first for value in values):
             raise ValueError(f"state_dict has different {key!r} for the cores; expected one")
         return first
+
+
+def _while_alive(method: Callable[..., None], *arguments) -> Callable[..., None]:
+    """A hook that calls `method` without keeping its object, and the model with it, alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*given):
+        if (alive := reference()) is not None:
+            alive(*arguments, *given)
+
+    return hook
 
 
 __all__ = ["PackedCores"]

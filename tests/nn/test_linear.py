@@ -197,6 +197,22 @@ class TestOptimalGradient:
         assert layer(optimal_gradient=True).gradient_left is None
         assert layer(optimal_gradient=True, dtype=torch.bfloat16).gradient_left is None
 
+    @pytest.mark.parametrize("orthonormal", [True, False])
+    @pytest.mark.parametrize("before", [1.0, 0.5])
+    @pytest.mark.parametrize("after", [1.0, 0.25])
+    def test_follows_a_changed_scaling(self, orthonormal, before, after):
+        adapted = layer(scaling=before, optimal_gradient=True, dtype=torch.float64)
+        A, B = adapted.lora_A.clone(), adapted.lora_B.clone()
+        if not orthonormal:
+            A, B = torch.randn(4, 24).double(), torch.randn(16, 4).double()
+            adapted.set_adapter(A, adapted.lora_R, B)
+        adapted.scaling = after
+        x, dy = torch.randn(5, 24).double(), torch.randn(5, 16).double()
+        adapted(x).backward(dy)
+        plain = B.T @ (dy.T @ x) @ A.T
+        expected = torch.linalg.inv(B.T @ B) @ plain @ torch.linalg.inv(A @ A.T) / after
+        torch.testing.assert_close(adapted.lora_R.grad, expected, rtol=1e-6, atol=1e-6)
+
     @pytest.mark.parametrize("scaling", [1.0, 0.25])
     def test_equals_theorem_3(self, scaling):
         adapted = layer(scaling=scaling, optimal_gradient=True, dtype=torch.float64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorasb_kernels.functional import lorasb_linear
-from lorasb_kernels.ops.dropout import keep_mask, keep_threshold, random_bits
+from lorasb_kernels.ops.dropout import keep_mask, keep_threshold, key_of, random_bits
 from tests.contract import assert_within_contract
 
 
@@ -199,7 +199,8 @@ class TestDropout:
 
     def test_bits_equal_the_published_generator(self):
         """Squares-32 in Python integers, arXiv:2004.06278, figure 1."""
-        key = 0x1FD07A4C2F6E93B5
+        seed = torch.tensor([0x1FD07A4C2F6E93B5])
+        key = key_of(seed).item() & (2**64 - 1)
 
         def rotate(value):
             return ((value >> 32) | (value << 32)) & (2**64 - 1)
@@ -211,7 +212,7 @@ class TestDropout:
                 x = rotate((x * x + addend) & (2**64 - 1))
             return ((x * x + z) & (2**64 - 1)) >> 32
 
-        bits = random_bits(100, 1, torch.tensor([key])).view(-1).tolist()
+        bits = random_bits(100, 1, seed).view(-1).tolist()
         assert bits == [squares32(i) for i in range(100)]
 
     @pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
@@ -222,6 +223,21 @@ class TestDropout:
         assert abs(kept.double().mean().item() - (1 - dropout)) < 4.5 * deviation
         neighbours = (kept[:, 1:] & kept[:, :-1]).double().mean().item()
         assert abs(neighbours - (1 - dropout) ** 2) < 6 * deviation
+
+    def test_the_key_is_splitmix_64_of_the_seed_made_odd(self):
+        """The finalizer in Python integers, Steele, Lea and Flood, OOPSLA 2014, figure 16."""
+        for seed in (0, 5, 2**62 + 3, 2**63 - 1):
+            z = (seed + 0x9E3779B97F4A7C15) % 2**64
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+            expected = (z ^ (z >> 31)) | 1
+            assert key_of(torch.tensor([seed])).item() % 2**64 == expected
+
+    @pytest.mark.parametrize("seed", [0, 1, 2, 5, 2**20, 2**32, 2**61, 2**62, 2**62 + 3])
+    def test_any_seed_keeps_its_share(self, seed):
+        count = 1 << 16
+        kept = keep_mask(count // 64, 64, 0.3, torch.tensor([seed])).double().mean().item()
+        assert abs(kept - 0.7) < 4.5 * math.sqrt(0.21 / count)
 
     def test_threshold_never_reaches_the_32_bit_limit(self):
         assert keep_threshold(0.0) == 0
@@ -281,6 +297,27 @@ def test_frozen_arguments_must_be_frozen(name):
     arguments[name].requires_grad_()
     with pytest.raises(ValueError, match=f"{name} requires grad; expected it frozen"):
         lorasb_linear(**arguments)
+
+
+def test_a_product_beyond_fp16_is_not_finite_even_with_a_core_of_zeros():
+    """As the docstring says; the frozen product is finite, and so is bf16's range."""
+    for dtype, finite in ((torch.float16, False), (torch.bfloat16, True)):
+        arguments = operands(dtype=dtype)
+        arguments["x"] = torch.full((2, 24), 60_000.0, dtype=dtype)
+        arguments["x"][1] = 1
+        arguments |= {"lora_A": torch.ones(4, 24, dtype=dtype), "lora_R": torch.zeros(4, 4)}
+        arguments["weight"] = torch.eye(16, 24, dtype=dtype)
+        y = lorasb_linear(**arguments)
+        assert bool(y[0].isfinite().all()) == finite
+        assert y[1].isfinite().all()
+
+
+def test_the_interpreter_of_triton_is_refused_in_bf16(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    arguments = operands(dtype=torch.bfloat16)
+    message = "backend='triton' cannot run: Triton's interpreter .* multiplies bfloat16 wrongly"
+    with pytest.raises(RuntimeError, match=message):
+        lorasb_linear(**arguments, backend="triton")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

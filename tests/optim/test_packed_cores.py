@@ -1,10 +1,12 @@
 """Packed cores: the numbers of separate cores, in one parameter."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
 from lorasb_kernels import LoRASBConfig, PackedCores, adapt, load_adapter, save_adapter
 from lorasb_kernels.targets import adapted_layers
@@ -54,6 +56,40 @@ def test_the_numbers_are_those_of_separate_cores(optimizer, clear):
     train(packed_model, [packed.parameter], step, clear=clear, accumulate=2)
     for ours, theirs in zip(cores(packed_model), cores(separate), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_a_core_without_a_gradient_stays_where_it_is(clear):
+    """In the second step the last layer takes no part; a plain AdamW passes over its cores."""
+    separate, packed_model = model(), model()
+    packed = PackedCores(packed_model)
+    optimizers = {
+        separate: OPTIMIZERS["adamw"](cores(separate)),
+        packed_model: OPTIMIZERS["adamw"]([packed.parameter]),
+    }
+    for one, optimizer in optimizers.items():
+        train(one, None, optimizer, steps=1, clear=clear)
+        left_out = [core for core in cores(one) if core.shape[0]][-len(cores(one)) // 2 :]
+        before = [core.detach().clone() for core in left_out]
+        layers = one.model.layers
+        one.model.layers = layers[: len(layers) // 2]
+        one.config.num_hidden_layers = len(one.model.layers)
+        train(one, None, optimizer, steps=1, clear=clear)
+        one.model.layers, one.config.num_hidden_layers = layers, len(layers)
+        for core, values in zip(left_out, before, strict=True):
+            assert torch.equal(core, values)
+    for ours, theirs in zip(cores(packed_model), cores(separate), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_hooks_on_optimizers_go_with_their_packed_cores():
+    gc.collect()
+    count = len(hooks)
+    packed = PackedCores(model())
+    assert len(hooks) == count + 1
+    del packed
+    gc.collect()
+    assert len(hooks) == count
 
 
 def test_clipping_is_one_norm_over_all():

@@ -9,6 +9,7 @@ from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
 from lorasb_kernels.ops.lorasb_linear.checks import check_backend, check_layer, check_lists
 from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
+from lorasb_kernels.ops.lorasb_linear.jagged import as_jagged, jagged_rows
 from lorasb_kernels.ops.lorasb_linear.operands import (
     as_rows,
     cast_input,
@@ -40,8 +41,11 @@ def lorasb_linear(
     returned in the factor's dtype. Under autocast the operands are cast to its dtype, except
     for factors in fp32.
 
+    A row of x that is not finite, or whose `x Aᵀ` is beyond the range of fp16, gives a row of y
+    that is not finite, also with R = 0 where the frozen layer alone may be finite: 0·∞ is NaN.
+
     Args:
-        x: [..., n], fp16, bf16 or fp32 (fp64 with the reference backend).
+        x: [..., n], fp16, bf16 or fp32 (fp64 with the reference backend); may be nested, jagged.
         weight: [m, n], frozen, dtype of `x`; or a `FrozenLayer`, which computes its own product,
             adds its own bias and takes A and B of any dtype.
         lora_A: [r, n], dtype of `x`, or fp32 (a trained master), then used in the dtype of `x`.
@@ -65,6 +69,9 @@ def lorasb_linear(
         RuntimeError: a named backend that cannot run here; `"cuda"` with dropout before a
             trained `lora_A`.
     """
+    if isinstance(x, torch.Tensor) and x.is_nested:
+        adapter = (lora_A, lora_R, lora_B, bias, scaling, dropout, training, backend)
+        return as_jagged(lorasb_linear(jagged_rows(x), weight, *adapter), x)
     if isinstance(x, torch.Tensor):
         weight, lora_A, lora_B, bias = cast_layer(x, weight, lora_A, lora_B, bias)
         x = cast_input(x)
@@ -102,8 +109,9 @@ def lorasb_group(
     """Applies G adapted layers that read the same input (q, k, v; gate, up).
 
     Equals G calls of `lorasb_linear`, but projects `x` in one pass for all adapters and adds up
-    the input gradients in place. With dropout, where each layer has a mask of its own, and under
-    `torch.compile` it makes these calls. Backward may run through the outputs one by one.
+    the input gradients in place. With dropout, where each layer has a mask of its own, for a nested
+    `x` and under `torch.compile` it makes these calls. Backward may run through the outputs one by
+    one.
 
     Args:
         x: [..., n].
@@ -120,7 +128,8 @@ def lorasb_group(
     """
     check_lists(x, weights, lora_As, lora_Rs, lora_Bs, biases)
     layers = list(zip(weights, lora_As, lora_Rs, lora_Bs, biases, strict=True))
-    if len(layers) == 1 or (training and dropout > 0) or torch.compiler.is_compiling():
+    alone = (training and dropout > 0) or x.is_nested or torch.compiler.is_compiling()
+    if len(layers) == 1 or alone:
         settings = (scaling, dropout, training, backend)
         return tuple(lorasb_linear(x, *layer, *settings) for layer in layers)
     sizes = [weight.shape[0] for weight in weights]

@@ -3,11 +3,12 @@
 import torch
 
 from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
+from lorasb_kernels.ops.precision import autocast_dtype
 
 
 def cast_input(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype of autocast, where that is on."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x.device.type)
     return x if dtype is None else x.to(dtype)
 
 
@@ -16,18 +17,13 @@ def cast_layer(x: torch.Tensor, weight, lora_A, lora_B, bias):
 
     A `FrozenLayer` casts for itself; an fp32 factor stays as it is and gets an fp32 gradient.
     """
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x.device.type)
     if dtype is None:
         return weight, lora_A, lora_B, bias
     if not isinstance(weight, FrozenLayer):
         weight = weight.to(dtype)
     lora_A, lora_B = (f if f.dtype == torch.float32 else f.to(dtype) for f in (lora_A, lora_B))
     return weight, lora_A, lora_B, None if bias is None else bias.to(dtype)
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,21 @@ def grouped_tile(row_tiles, column_tiles, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def dropout_key(seed):
+    """`key_of` in `ops/dropout.py`."""
+    z = seed.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return (z ^ (z >> 31)) | 1
+
+
+@triton.jit
 def keep_mask(seed, rows, columns, row_length, threshold):
     """[rows, columns] of bool: the bits of `ops/dropout.py` against the threshold.
 
     Depends only on the seed and the element's index in a matrix of `row_length` columns.
     """
-    key = seed.to(tl.uint64, bitcast=True) | 1
+    key = dropout_key(seed)
     counter = rows.to(tl.uint64)[:, None] * tl.cast(row_length, tl.uint64)
     counter += columns.to(tl.uint64)[None, :]
     y = counter * key
