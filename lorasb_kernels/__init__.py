@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from lorasb_kernels.description import describe as describe
     from lorasb_kernels.init import EstimationOptions as EstimationOptions
     from lorasb_kernels.init import SignMatrix as SignMatrix
-    from lorasb_kernels.io.checkpoint import load_adapter as load_adapter
-    from lorasb_kernels.io.checkpoint import save_adapter as save_adapter
+    from lorasb_kernels.io.load import load_adapter as load_adapter
     from lorasb_kernels.io.merge_checkpoint import merge_checkpoint as merge_checkpoint
-    from lorasb_kernels.io.peft_format import export_peft as export_peft
-    from lorasb_kernels.io.peft_format import import_peft as import_peft
+    from lorasb_kernels.io.peft_export import export_peft as export_peft
+    from lorasb_kernels.io.peft_import import import_peft as import_peft
+    from lorasb_kernels.io.save import save_adapter as save_adapter
+    from lorasb_kernels.io.subspace import Subspace as Subspace
     from lorasb_kernels.nn import AdaptedLinear as AdaptedLinear
     from lorasb_kernels.nn import LoRALinear as LoRALinear
     from lorasb_kernels.nn import LoRASBLinear as LoRASBLinear
@@ -35,6 +36,7 @@ _HOME = {
     "AdaptedLinear": "lorasb_kernels.nn",
     "EstimationOptions": "lorasb_kernels.init",
     "SignMatrix": "lorasb_kernels.init",
+    "Subspace": "lorasb_kernels.io.subspace",
     "LoRALinear": "lorasb_kernels.nn",
     "LoRASBConfig": "lorasb_kernels.config",
     "LoRASBLinear": "lorasb_kernels.nn",
@@ -44,12 +46,12 @@ _HOME = {
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
     "explain": "lorasb_kernels.ops.explain",
-    "export_peft": "lorasb_kernels.io.peft_format",
-    "import_peft": "lorasb_kernels.io.peft_format",
-    "load_adapter": "lorasb_kernels.io.checkpoint",
+    "export_peft": "lorasb_kernels.io.peft_export",
+    "import_peft": "lorasb_kernels.io.peft_import",
+    "load_adapter": "lorasb_kernels.io.load",
     "merge_and_unload": "lorasb_kernels.adaptation",
     "merge_checkpoint": "lorasb_kernels.io.merge_checkpoint",
-    "save_adapter": "lorasb_kernels.io.checkpoint",
+    "save_adapter": "lorasb_kernels.io.save",
 }
 
 _MODULES = ("functional", "init")

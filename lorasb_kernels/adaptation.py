@@ -9,10 +9,8 @@ from torch import nn
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.methods import initialize
-from lorasb_kernels.nn.adapted import AdaptedLinear
-from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
-from lorasb_kernels.nn.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
-from lorasb_kernels.nn.shared_input import share_inputs
+from lorasb_kernels.io.pretrained import save_adapter_only, save_whole_again
+from lorasb_kernels.nn.install import install, new_layer
 from lorasb_kernels.quantization import quantization_of
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -75,45 +73,8 @@ def adapt(
         layers[name].set_adapter(adapter.lora_A, adapter.lora_R, adapter.lora_B)
         layers[name].init_report = adapter.report
     install(model, layers, saved, config)
+    save_adapter_only(model)
     return model
-
-
-def new_layer(linear: nn.Linear, config: LoRASBConfig) -> AdaptedLinear:
-    """The adapted layer over `linear` that `config` describes; its factors are 0."""
-    options = {
-        "scaling": config.s,
-        "dropout": config.dropout,
-        "backend": config.backend,
-        "init": config.init,
-    }
-    quantized = quantization_of(linear) is not None
-    if not config.facts.has_core:
-        lora = QuantizedLoRALinear if quantized else LoRALinear
-        return lora.from_linear(linear, config.r, reset=False, **options)
-    lora_sb = QuantizedLoRASBLinear if quantized else LoRASBLinear
-    return lora_sb.from_linear(
-        linear, config.r, reset=False, optimal_gradient=config.optimal_gradient, **options
-    )
-
-
-def install(
-    model: nn.Module,
-    layers: dict[str, AdaptedLinear],
-    saved: dict[str, nn.Module],
-    config: LoRASBConfig,
-) -> None:
-    """Puts the layers into the model and freezes everything else except the saved modules."""
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    model.requires_grad_(False)
-    for layer in layers.values():
-        for name in layer.trained:
-            getattr(layer, name).requires_grad_(True)
-    for module in saved.values():
-        module.requires_grad_(True)
-    if config.share_inputs:
-        share_inputs(model)
-    model.lorasb_config = config
 
 
 def _check_estimation(config: LoRASBConfig, batches, learning_rate, estimation) -> None:
@@ -173,6 +134,7 @@ def merge_and_unload(
     if quantized and not any(map(quantization_of, model.modules())):
         _forget_quantizer(model)
     del model.lorasb_config
+    save_whole_again(model)
     return model
 
 

@@ -5,6 +5,7 @@ Only reads the model; nothing is changed.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def find_saved_modules(model: nn.Module, suffixes: tuple[str, ...]) -> dict[str,
     return saved
 
 
-def _is_linear_like(module: nn.Module) -> bool:
+def _is_linear_like(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -108,6 +109,34 @@ def find_targets(
     for name, module in targets.items():
         _check_kind(name, module)
     return targets
+
+
+def find_layers(
+    model: nn.Module, names: Sequence[str], modules_to_save: tuple[str, ...] = ()
+) -> dict[str, nn.Linear]:
+    """The layers of exactly these names, as a saved adapter lists them.
+
+    Args:
+        model: a model without adapters.
+        names: full names.
+        modules_to_save: as in `LoRASBConfig`.
+
+    Raises:
+        ValueError: no names, or one that is no linear layer or inside a module trained whole.
+        TypeError: a layer of a kind that cannot be adapted.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in names if not _is_linear_like(modules.get(name))]
+    if missing or not names:
+        raise ValueError(
+            f"{len(missing)} of the adapter's {len(names)} layers are no linear layers of the "
+            f"model (such as {str(missing[:1])[:200]}); expected the base model it was made for"
+        )
+    for name in names:
+        if any(matches_suffix(name[:end], modules_to_save) for end in _prefix_ends(name)):
+            raise ValueError(f"{name} is in modules_to_save and among the adapted layers")
+        _check_kind(name, modules[name])
+    return {name: modules[name] for name in names}
 
 
 def _prefix_ends(name: str) -> list[int]:
@@ -198,6 +227,7 @@ __all__ = [
     "adapted_layers",
     "check_adaptable",
     "check_rank",
+    "find_layers",
     "find_saved_modules",
     "find_targets",
     "head_modules",

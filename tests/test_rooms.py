@@ -22,8 +22,9 @@ PACKAGE = "lorasb_kernels"
 ROOMS = (
     ("cli",),
     ("train",),
-    ("integrations", "io", "optim", "profiling"),
+    ("integrations", "optim", "profiling"),
     ("adaptation", "description"),
+    ("io",),
     ("init",),
     ("targets",),
     ("nn",),

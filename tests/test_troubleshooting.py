@@ -1,6 +1,7 @@
 """docs/troubleshooting.md quotes messages: every quote is raised here, every error is quoted."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -177,6 +178,23 @@ def other_subspace(folder, patch):
 
 
 @error
+def edited(folder, patch):
+    save_adapter(adapted(), folder)
+    record = json.loads((folder / "lorasb_config.json").read_text())
+    record["config"]["lora_alpha"] = 18
+    (folder / "lorasb_config.json").write_text(json.dumps(record))
+    load_adapter(build("llama"), folder)
+
+
+@error
+def without_its_subspace(folder, patch):
+    save_adapter(adapted(), folder / "subspace")
+    save_adapter(adapted(), folder / "tenant", subspace=folder / "subspace")
+    (folder / "subspace").rename(folder / "moved")
+    load_adapter(build("llama"), folder / "tenant")
+
+
+@error
 def damaged(folder, patch):
     save_adapter(adapted(), folder)
     content = bytearray((folder / "adapter.safetensors").read_bytes())
@@ -207,6 +225,36 @@ def not_on_the_hub(folder, patch):
 def plain_lora(folder, patch):
     export_peft(adapted(), folder)
     import_peft(build("llama"), folder)
+
+
+def peft_settings(folder, **settings):
+    export_peft(adapted(), folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    import_peft(build("llama"), folder, plain_lora=True)
+
+
+@error
+def pissa(folder, patch):
+    peft_settings(folder, init_lora_weights="pissa")
+
+
+@error
+def dora(folder, patch):
+    peft_settings(folder, use_dora=True)
+
+
+@error
+def beside_a_model(folder, patch):
+    build("llama").save_pretrained(folder)
+    adapted().save_pretrained(folder)
+
+
+@error
+def merged(folder, patch):
+    model = adapted()
+    next(iter(adapted_layers(model).values())).merge()
+    save_adapter(model, folder)
 
 
 @error

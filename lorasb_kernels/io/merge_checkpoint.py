@@ -16,15 +16,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorasb_kernels.io.checkpoint import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    SUBSPACE_FILE,
-    check_base,
-    read_adapter,
-)
+from lorasb_kernels.io.base_check import check_base
 from lorasb_kernels.io.hub import local_folder
 from lorasb_kernels.io.lora_xs import check_rebuilt, factor_probes, rebuild_factors
+from lorasb_kernels.io.subspace import read_adapter
 from lorasb_kernels.io.tensors import check_tensors
 from lorasb_kernels.nn.merging import delta_weight, merged_weight
 from lorasb_kernels.utils.files import atomic_folder, read_json, write_tensors
@@ -60,7 +55,6 @@ def merge_checkpoint(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output is {str(output)!r}, which exists; expected a new folder")
-    adapter = local_folder(adapter, (CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE))
     merger = _Merger(adapter)
     source = local_folder(model, (*(f"*{suffix}" for suffix in COPIED), "*.safetensors"))
     shards = _shards(source)
@@ -84,29 +78,29 @@ def merge_checkpoint(
 class _Merger:
     """What the adapter in a folder changes in the base model's tensors."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        record, self.config, self.trained, self.subspace = read_adapter(directory)
-        self.base_model = record.get("base_model")
-        self.trained_on_plain_weights = not record.get("quantization")
+    def __init__(self, adapter: str | Path):
+        self.directory = Path(adapter)
+        stored, self.trained = read_adapter(adapter)
+        self.config, self.subspace = stored.record.config, stored.tensors
+        self.names, self.base_model = stored.record.layers, stored.record.base_model
+        self.trained_on_plain_weights = not stored.record.quantization
         self.layers: dict[str, str] = {}  # key in the base model -> layer
         self.replaced: dict[str, torch.Tensor] = {}  # key in the base model -> trained tensor
 
     def locate(self, keys: list[str]) -> None:
         """Finds the tensor of the base model behind each tensor of the adapter."""
         self.keys = frozenset(keys)
-        for name, tensor in self.trained.items():
-            layer, _, part = name.rpartition(".")
-            if part in ("lora_R", "lora_A"):
-                self.layers[_key_of(f"{layer}.weight", keys)] = layer
-            elif part not in ("lora_B", "lora_A_probe", "lora_B_probe"):
-                self.replaced[_key_of(name, keys)] = tensor
-        expected = sum(name.endswith((".lora_R", ".lora_A")) for name in self.trained)
-        if not expected or len(self.layers) != expected:
+        for layer in self.names:
+            self.layers[_key_of(f"{layer}.weight", keys)] = layer
+        if not self.names or len(self.layers) != len(self.names):
             raise ValueError(
-                f"{self.directory} has {expected} adapted layers, which are {len(self.layers)} "
-                "weights of the base model; expected one weight each"
+                f"{self.directory} has {len(self.names)} adapted layers, which are "
+                f"{len(self.layers)} weights of the base model; expected one weight each"
             )
+        factors = {f"{n}.{f}" for n in self.names for f in ("lora_A", "lora_R", "lora_B")}
+        for name, tensor in self.trained.items():
+            if name not in factors:
+                self.replaced[_key_of(name, keys)] = tensor
 
     def merged(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor to write instead of `tensor`, in its dtype."""
@@ -125,6 +119,8 @@ class _Merger:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected a matrix")
         lora_A, lora_B = self._factors(name, tensor)
         core = self.trained.get(f"{name}.lora_R")
+        if core is None and self.config.facts.has_core:
+            raise ValueError(f"{self.directory} lacks lora_R of {name}")
         self._check_factors(name, tensor, {"lora_A": lora_A, "lora_B": lora_B, "lora_R": core})
         result = merged_weight(tensor, delta_weight(lora_A, core, lora_B, self.config.s))
         if not result.isfinite().all():
@@ -139,17 +135,20 @@ class _Merger:
         check_tensors(self.directory, found, expected)
 
     def _factors(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.subspace is not None:
-            check_base(name, weight, self.subspace, self.base_model, self.trained_on_plain_weights)
-            tensors = self.subspace | self.trained
-            factors = [tensors.get(f"{name}.{factor}") for factor in ("lora_A", "lora_B")]
-            if any(factor is None for factor in factors):
-                raise ValueError(f"{self.directory} lacks lora_A or lora_B of {name}")
-            return tuple(factors)
-        # Rounded to the dtype of the weight, as in a layer.
-        lora_A, lora_B = (f.to(weight.dtype) for f in rebuild_factors(name, weight, self.config))
-        check_rebuilt(factor_probes(name, lora_A, lora_B), self.trained, self.base_model)
-        return lora_A, lora_B
+        if self.config.facts.rebuilt:  # rounded to the dtype of the weight, as in a layer
+            rebuilt = rebuild_factors(name, weight, self.config)
+            lora_A, lora_B = (factor.to(weight.dtype) for factor in rebuilt)
+            own = factor_probes(name, lora_A, lora_B)
+            stored = {probe: self.subspace[probe] for probe in own if probe in self.subspace}
+            check_tensors(self.directory, stored, own)
+            check_rebuilt(own, stored, self.base_model)
+            return lora_A, lora_B
+        check_base(name, weight, self.subspace, self.base_model, self.trained_on_plain_weights)
+        tensors = self.subspace | self.trained
+        factors = [tensors.get(f"{name}.{factor}") for factor in ("lora_A", "lora_B")]
+        if any(factor is None for factor in factors):
+            raise ValueError(f"{self.directory} lacks lora_A or lora_B of {name}")
+        return tuple(factors)
 
 
 def _shards(source: Path) -> dict[str, list[str]]:

@@ -1,11 +1,15 @@
 """Tensors to and from safetensors files: reading, checking, gathering, digests."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+CORES = "cores"
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # to round factors to on writing
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -57,6 +61,40 @@ def digest_of(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def pack_cores(tensors: dict[str, torch.Tensor], layers: Sequence[str]) -> dict[str, torch.Tensor]:
+    """`tensors` with the R's of `layers` stacked into one tensor, `cores` [layers, r, r].
+
+    One entry in the header of the file for all of them: an entry for each adds a fifth to an R of
+    16 × 16 in bf16. As they were, where a layer has no R or their shapes differ.
+    """
+    names = [f"{layer}.lora_R" for layer in layers]
+    shapes = {tensors[name].shape if name in tensors else None for name in names}
+    if None in shapes or len(shapes) != 1:
+        return tensors
+    others = {name: tensor for name, tensor in tensors.items() if name not in set(names)}
+    return {CORES: torch.stack([tensors[name].detach().cpu() for name in names]), **others}
+
+
+def unpack_cores(
+    tensors: dict[str, torch.Tensor], layers: Sequence[str], r: int
+) -> dict[str, torch.Tensor]:
+    """Inverse of `pack_cores`.
+
+    Raises:
+        ValueError: not exactly one core [r, r] for each layer.
+    """
+    if CORES not in tensors:
+        return tensors
+    shape, expected = tuple(tensors[CORES].shape), (len(layers), r, r)
+    if shape != expected:
+        raise ValueError(f"{CORES} has shape {shape}; expected {expected}, an R for each layer")
+    cores = {f"{layer}.lora_R": core for layer, core in zip(layers, tensors[CORES], strict=True)}
+    others = {name: tensor for name, tensor in tensors.items() if name != CORES}
+    if twice := sorted(cores.keys() & others.keys()):
+        raise ValueError(f"{twice[0]} is there beside {CORES}; expected each R once")
+    return cores | others
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -71,4 +109,14 @@ def saved_tensors(saved: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     }
 
 
-__all__ = ["check_tensors", "digest_of", "read_tensors", "saved_tensors", "whole"]
+__all__ = [
+    "CORES",
+    "FACTOR_DTYPES",
+    "check_tensors",
+    "digest_of",
+    "pack_cores",
+    "read_tensors",
+    "saved_tensors",
+    "unpack_cores",
+    "whole",
+]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.targets import find_targets
+from lorasb_kernels.train import changed_base
 from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
@@ -135,9 +136,10 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
 def _load_found(model: nn.Module, folder: Path, expected: LoRASBConfig) -> None:
     """Loads the adapter in `folder`, which must be the one that the settings describe."""
     from lorasb_kernels import load_adapter
-    from lorasb_kernels.io.checkpoint import UntrainedAdapterWarning, read_record
+    from lorasb_kernels.io.record import CONFIG_FILE, read_config, read_fields
+    from lorasb_kernels.io.subspace import UntrainedAdapterWarning
 
-    found = read_record(folder)[1].to_dict()
+    found = read_config(read_fields(folder), folder / CONFIG_FILE).to_dict()
     for name, value in expected.to_dict().items():
         if found[name] != value:
             raise ConfigError(
@@ -150,12 +152,15 @@ def _load_found(model: nn.Module, folder: Path, expected: LoRASBConfig) -> None:
 
 
 def save_start(model: nn.Module, config: TrainConfig) -> None:
-    """Saves the adapter that training starts from, marked as untrained, where there is one."""
+    """Saves the adapter that training starts from, marked as untrained, where there is one; and
+    what a method took out of the base weights."""
     from lorasb_kernels import save_adapter
 
     if config.method in ADAPTER_METHODS:
         with atomic_folder(Path(config.output_dir) / ADAPTER_FOLDER) as building:
             save_adapter(model, building, trained=False)
+    elif config.method in changed_base.METHODS:
+        changed_base.keep_start(model, Path(config.output_dir))
 
 
 def estimation_batches(

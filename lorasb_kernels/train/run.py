@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorasb_kernels.train import changed_base
 from lorasb_kernels.train.batching import Collator, pack
 from lorasb_kernels.train.checkpoint import check
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
@@ -309,7 +310,10 @@ def save(model: nn.Module, tokenizer, config: TrainConfig) -> None:
         save_adapter(model, trained_folder(config))
         return
     with atomic_folder(trained_folder(config)) as building:
-        model.save_pretrained(building)
+        if config.method in changed_base.METHODS:
+            changed_base.save_converted(model, building, Path(config.output_dir))
+        else:
+            model.save_pretrained(building)
         tokenizer.save_pretrained(building)
 
 

@@ -35,9 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(
-            temporary, permissions
-        )  # safetensors creates its own file, readable by the owner only
+        # safetensors creates its own file, readable by the owner only.
+        os.chmod(temporary, permissions)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,6 +93,8 @@ def write_tensors(
 ) -> None:
     """Writes tensors as safetensors, atomically; views and device tensors are copied.
 
+    Equal tensors and metadata give equal bytes, in any process.
+
     Raises:
         OSError: the file cannot be written (a full disk); the message names it.
     """
@@ -105,6 +106,25 @@ def write_tensors(
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors file by name.
+
+    The library writes them in the order of a hash table, which differs from process to process.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        if not header["__metadata__"]:
+            return
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise OSError(f"{path} cannot be written: its header of {length} bytes grew")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Saving and loading adapters: bit for bit in a new process; damaged files are refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
-from lorasb_kernels.io.checkpoint import ADAPTER_FILE, CONFIG_FILE, SUBSPACE_FILE
+from lorasb_kernels.io.record import CONFIG_FILE
+from lorasb_kernels.io.subspace import ADAPTER_FILE, SUBSPACE_FILE
 from lorasb_kernels.targets import adapted_layers
 from tests.models import ARCHITECTURES, batches, build
 from tests.rewriting import rewrite
@@ -59,6 +61,24 @@ torch.save(model(**batches("roberta")[0]).logits, {str(directory / "logits.pt")!
     assert torch.equal(logits, model(**batches("roberta")[0]).logits)
 
 
+def test_equal_adapters_are_equal_files_in_any_process(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from tests.trust.hostile_files import write_adapter
+write_adapter(Path(sys.argv[1]), "orthogonal")
+"""
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code, str(tmp_path / seed)]
+        subprocess.run(command, check=True, env=environment)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in "12"
+    )
+    assert one.keys() == {CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE}
+    assert one == two
+
+
 def test_only_the_cores_are_written_again(saved):
     model, directory = saved
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
@@ -67,8 +87,9 @@ def test_only_the_cores_are_written_again(saved):
     save_adapter(model, directory)
     after = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {ADAPTER_FILE}
-    cores = load_file(directory / ADAPTER_FILE)
-    assert all(t.dtype == torch.float32 for name, t in cores.items() if name.endswith("lora_R"))
+    cores = load_file(directory / ADAPTER_FILE)["cores"]
+    assert cores.shape == (len(adapted_layers(model)), 4, 4)
+    assert cores.dtype == torch.float32
 
 
 def test_loading_into_an_adapted_model(saved):
@@ -101,6 +122,18 @@ def test_merged_and_plain_models_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_merged_layer_is_not_loaded_into(saved):
+    model, directory = saved
+    *_, last = adapted_layers(model).values()
+    last.merge()
+    with torch.no_grad():
+        next(iter(adapted_layers(model).values())).lora_R.zero_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"is merged; expected unmerge\(\) before loading"):
+        load_adapter(model, directory)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def flip_the_last_bit(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -112,7 +145,13 @@ def edit_record(path, **changes):
     path.write_text(json.dumps({**record, **changes}))
 
 
-CORE = "roberta.encoder.layer.0.attention.self.query.lora_R"
+def edit_config(directory, **changes):
+    """Other settings, with the fingerprint that the adapter was saved with."""
+    config = json.loads((directory / CONFIG_FILE).read_text())["config"]
+    edit_record(directory / CONFIG_FILE, config={**config, **changes})
+
+
+HEAD = "classifier.dense.bias"
 A = "roberta.encoder.layer.0.attention.self.query.lora_A"
 
 
@@ -135,9 +174,27 @@ A = "roberta.encoder.layer.0.attention.self.query.lora_A"
             r"unknown fields \['code'\]",
         ),
         (
+            lambda d: edit_config(d, lora_alpha=18),
+            ValueError,
+            "lorasb_config.json is not as it was saved: its fingerprint is another",
+        ),
+        (lambda d: edit_record(d / CONFIG_FILE, layers=["x"]), ValueError, "not as it was saved"),
+        (
+            lambda d: edit_record(d / CONFIG_FILE, layers="x"),
+            ValueError,
+            "expected a list of names",
+        ),
+        (lambda d: edit_record(d / CONFIG_FILE, layers=["x", "x"]), ValueError, "a name twice"),
+        (lambda d: edit_record(d / CONFIG_FILE, fingerprint=None), ValueError, "'fingerprint'"),
+        (
+            lambda d: edit_record(d / CONFIG_FILE, base_model=[1]),
+            ValueError,
+            r"base_model is \[1\]",
+        ),
+        (
             lambda d: edit_record(d / CONFIG_FILE, subspace="0" * 64),
             ValueError,
-            "do not belong together",
+            "not as it was saved",
         ),
         (
             lambda d: (d / ADAPTER_FILE).write_bytes((d / ADAPTER_FILE).read_bytes()[:-9]),
@@ -155,7 +212,7 @@ A = "roberta.encoder.layer.0.attention.self.query.lora_A"
             "adapter.safetensors is damaged: its digest is another",
         ),
         (
-            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.pop(CORE)),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.pop("cores")),
             ValueError,
             "missing tensors",
         ),
@@ -165,25 +222,43 @@ A = "roberta.encoder.layer.0.attention.self.query.lora_A"
             "unexpected tensors",
         ),
         (
-            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update({CORE: torch.ones(3, 4)})),
+            lambda d: rewrite(
+                d / ADAPTER_FILE, lambda t: t.update({A.replace("_A", "_R"): torch.ones(4, 4)})
+            ),
             ValueError,
-            r"has shape \(3, 4\); expected \(4, 4\)",
+            "lora_R is there beside cores; expected each R once",
         ),
         (
-            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update({CORE: torch.ones(4, 4).int()})),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update(cores=torch.ones(12, 3, 4))),
+            ValueError,
+            r"cores has shape \(12, 3, 4\); expected \(12, 4, 4\)",
+        ),
+        (
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update(cores=t["cores"][1:])),
+            ValueError,
+            r"cores has shape \(11, 4, 4\); expected \(12, 4, 4\)",
+        ),
+        (
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update({HEAD: torch.ones(3)})),
+            ValueError,
+            r"has shape \(3,\); expected \(32,\)",
+        ),
+        (
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t.update(cores=t["cores"].int())),
             ValueError,
             "has dtype torch.int32",
         ),
         (
-            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t[CORE].fill_(float("nan"))),
+            lambda d: rewrite(d / ADAPTER_FILE, lambda t: t["cores"].fill_(float("nan"))),
             ValueError,
             "non-finite",
         ),
         (
             lambda d: rewrite(d / SUBSPACE_FILE, lambda t: t[A].neg_()),
             ValueError,
-            "damaged",
+            "do not belong together",
         ),
+        (lambda d: flip_the_last_bit(d / SUBSPACE_FILE), ValueError, "damaged"),
     ],
 )
 def test_damage_is_named_and_the_model_untouched(saved, damage, error, message):

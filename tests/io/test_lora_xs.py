@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
-from tests.rewriting import rewrite
+from tests.rewriting import restate, rewrite
 
 TARGETS = ("q_proj", "up_proj")
 
@@ -22,9 +22,9 @@ def saved(tmp_path):
 
 def test_the_cores_alone_are_enough(saved):
     model, directory = saved
-    assert {p.name for p in directory.iterdir()} == {"lorasb_config.json", "adapter.safetensors"}
-    stored = load_file(directory / "adapter.safetensors")
-    assert not [name for name in stored if name.endswith((".lora_A", ".lora_B"))]
+    assert set(load_file(directory / "adapter.safetensors")) == {"cores"}
+    stored = load_file(directory / "subspace.safetensors")
+    assert all(name.endswith(("lora_A_probe", "lora_B_probe")) for name in stored)
     batch = batches("llama")[0]
     loaded = load_adapter(build("llama"), directory)
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
@@ -70,7 +70,8 @@ def test_one_turned_singular_vector_is_refused(saved, side):
         def turn(tensors, row=row):
             tensors[f"model.layers.0.mlp.up_proj.{side}"][row].neg_()
 
-        rewrite(directory / "adapter.safetensors", turn)
+        rewrite(directory / "subspace.safetensors", turn)
+        restate(directory)
         with pytest.raises(ValueError, match="rebuilt from the weight, is not the one"):
             load_adapter(build("llama"), directory)
-        rewrite(directory / "adapter.safetensors", turn)
+        rewrite(directory / "subspace.safetensors", turn)

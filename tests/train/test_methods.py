@@ -210,6 +210,40 @@ def test_the_result_is_written(llama, tmp_path):
     assert [tuple(point) for point in written["losses"]] == result.losses
 
 
+@pytest.mark.parametrize("method", ["pissa", "lora-ga"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_methods_that_change_the_base_are_saved_for_the_original(
+    llama, tmp_path, method, use_rslora
+):
+    from transformers import AutoModelForCausalLM
+
+    from lorasb_kernels import import_peft
+
+    config = tiny_config(
+        llama, tmp_path, method=method, max_steps=3, learning_rate=2e-2, r=4, use_rslora=use_rslora
+    )
+    model, _, _ = finetune(config, sums(24))
+    ids = torch.arange(3, 15).view(2, 6)
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    original = base(ids).logits
+    imported = import_peft(base, tmp_path / "adapter", plain_lora=True)
+    expected = model.eval()(ids).logits
+    assert (expected - original).abs().max() > 1e-2
+    torch.testing.assert_close(imported(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_is_saved_beside_a_converted_adapter(bert, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_config(bert, tmp_path, method="pissa", max_steps=3, task="classification", r=4)
+    model, _, _ = finetune(config, reviews(24))
+    base = AutoModelForSequenceClassification.from_pretrained(bert)
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.arange(3, 15).view(2, 6)
+    torch.testing.assert_close(reloaded(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_the_saved_adapter_is_the_trained_model(llama, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorasb_kernels import load_adapter
-from lorasb_kernels.io.checkpoint import UntrainedAdapterWarning
+from lorasb_kernels.io.subspace import UntrainedAdapterWarning
 from lorasb_kernels.io.tensors import digest_of, read_tensors
 from lorasb_kernels.train import run
 from lorasb_kernels.train.data import Example

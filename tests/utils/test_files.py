@@ -1,9 +1,11 @@
 """Atomic writing."""
 
+import json
 import os
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lorasb_kernels.utils.files import atomic_folder, replacing, write_tensors, write_text
 
@@ -47,3 +49,16 @@ def test_the_umask_of_the_process_is_never_changed(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "folder"):
         pass
     assert set_to == []
+
+
+def test_metadata_are_written_in_one_order(tmp_path):
+    """safetensors itself writes them in another order in every process."""
+    metadata = {name: f'{name} "é"\n\x1f' for name in "hgfedcba"}
+    tensors = {"b": torch.ones(3, dtype=torch.bfloat16), "a": torch.zeros(2, 5)}
+    write_tensors(tmp_path / "x", tensors, metadata)
+    content = (tmp_path / "x").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(metadata)
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)

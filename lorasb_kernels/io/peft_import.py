@@ -1,10 +1,4 @@
-"""Adapters in peft's format: export to plain LoRA; import of LoRA and of the published codes' R.
-
-    s·B·R·A x  =  B' A' x      with  A' = R·A [r, n]  and  B' = s·B [m, r]
-
-so an adapter of this library is a LoRA adapter of the same rank with `lora_alpha = r`, and
-whatever serves LoRA (peft, vLLM, SGLang, llama.cpp) serves it. The r² trained numbers become
-r·(m + n); LoRA's stay as many.
+"""Adapters in peft's format: import of LoRA, and of the published codes' R.
 
 The published LoRA-SB and LoRA-XS code saves a peft LoRA directory with one more tensor per layer,
 R, the weight of a module `default_lora_latent_mapping`. Older peft strips `.default` from the name
@@ -19,123 +13,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorasb_kernels.adaptation import install, new_layer
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.io.hub import local_folder
+from lorasb_kernels.io.peft_names import CONFIG_FILE, PREFIX, TENSORS_FILE, shortest_names
+from lorasb_kernels.io.peft_settings import read_settings
+from lorasb_kernels.io.pretrained import save_adapter_only
 from lorasb_kernels.io.tensors import check_tensors, read_tensors, saved_tensors
+from lorasb_kernels.nn.install import install, new_layer
 from lorasb_kernels.targets import (
     check_adaptable,
+    find_layers,
     find_saved_modules,
-    find_targets,
-    layers_of,
     matches_suffix,
     refuse_adapted,
 )
-from lorasb_kernels.utils.files import read_json, write_json, write_tensors
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
 _CORE = re.compile(r"(.+?)(?:\.default_|\.|_)lora_latent_mapping\.weight")
 _FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight")
-_UNSUPPORTED = {
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
-EXPORT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@torch.no_grad()
-def export_peft(
-    model: nn.Module,
-    directory: str | Path,
-    dtype: torch.dtype = torch.float32,
-    saved_modules: bool = True,
-) -> None:
-    """Writes the adapters of `model` as a LoRA adapter in peft's format.
-
-    `A' = R·A` (A, without a core) and `B' = s·B` are computed in fp32 and rounded once to `dtype`.
-
-    Args:
-        model: an adapted model.
-        directory: created if missing; gets `adapter_config.json` and
-            `adapter_model.safetensors`.
-        dtype: dtype of the written factors, fp32, fp16 or bf16.
-        saved_modules: write the modules of `modules_to_save` too. Servers that take only
-            LoRA (vLLM) refuse them; without them the trained head is not exported.
-
-    Raises:
-        ValueError: the model holds no adapter, a layer is merged, a factor is not finite (or
-            not in `dtype`), or `dtype` is none of the three.
-    """
-    if dtype not in EXPORT_DTYPES:
-        raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, EXPORT_DTYPES))}")
-    layers = layers_of(model)
-    tensors = {}
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged; expected unmerge() before exporting")
-        lora_A, lora_B = layer.plain_lora()
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not finite in {dtype}; nothing was written")
-    suffixes = model.lorasb_config.modules_to_save if saved_modules else ()
-    for name, module in find_saved_modules(model, suffixes).items():
-        for key, tensor in module.state_dict().items():
-            tensors[f"{PREFIX}{name}.{key}"] = tensor
-    directory = Path(directory)
-    write_tensors(directory / TENSORS_FILE, tensors, {"format": "pt"})
-    config = _peft_config(model, list(layers), model.lorasb_config.r, suffixes)
-    write_json(directory / CONFIG_FILE, config)
-
-
-def _peft_config(model: nn.Module, names: list[str], r: int, suffixes: tuple[str, ...]) -> dict:
-    base_config = getattr(model, "config", None)
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(model),
-        "base_model_name_or_path": getattr(base_config, "_name_or_path", None) or None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": r,
-        "lora_dropout": 0.0,
-        "target_modules": shortest_names(model, names),
-        "modules_to_save": list(suffixes) or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-
-
-def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
-
-
-def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
-    """Suffixes that select the modules `names` of `model` and no other, shortest first choice.
-
-    The last components if they select nothing else, otherwise the full names.
-    """
-    suffixes = sorted({name.rpartition(".")[2] for name in names})
-    selected = {name for name, _ in model.named_modules() if matches_suffix(name, tuple(suffixes))}
-    return suffixes if selected == set(names) else sorted(names)
 
 
 def import_peft(
@@ -164,12 +58,13 @@ def import_peft(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a layer without A or B, without R (with R, if `plain_lora`), tensors that
-            fit no module, wrong shapes, non-finite values, or a LoRA variant (DoRA, trained
-            biases, ranks by layer) that has no counterpart here.
+            fit no module, wrong shapes, non-finite values, a LoRA variant (DoRA, aLoRA, trained
+            biases, ranks by layer) that has no counterpart here, or an initialization that
+            changed the base model (PiSSA, OLoRA, LoftQ) and was not converted by peft.
     """
     refuse_adapted(model)
     directory = local_folder(directory, (CONFIG_FILE, TENSORS_FILE), revision)
-    peft_config = _read_config(directory / CONFIG_FILE)
+    peft_config = read_settings(directory / CONFIG_FILE)
     tensors, _ = read_tensors(directory / TENSORS_FILE)
     factors, others = _split(tensors)
     _check_complete(directory / TENSORS_FILE, factors, plain_lora)
@@ -177,7 +72,7 @@ def import_peft(
         config = _configuration(model, peft_config, factors, plain_lora)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
-    targets = find_targets(model, config.target_modules, config.modules_to_save)
+    targets = find_layers(model, tuple(factors), config.modules_to_save)
     check_adaptable(model, targets, config.r)
     layers = {name: new_layer(linear, config) for name, linear in targets.items()}
     found = {f"{n}.{part}": t for n, parts in factors.items() for part, t in parts.items()}
@@ -194,26 +89,8 @@ def import_peft(
         for name, tensor in saved_tensors(saved).items():
             tensor.copy_(others[name])
     install(model, layers, saved, config)
+    save_adapter_only(model)
     return model
-
-
-def _read_config(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a folder that peft saved")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; expected peft's settings")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
-    for name, plain in _UNSUPPORTED.items():
-        if (config.get(name) or plain) != plain:
-            raise ValueError(f"{path}: {name} is {config[name]!r}; expected {plain!r}")
-    alpha, saved = config.get("lora_alpha"), config.get("modules_to_save") or []
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{path}: lora_alpha is {alpha!r}; expected a number")
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise ValueError(f"{path}: modules_to_save is {saved!r}; expected names of modules")
-    return config
 
 
 def _split(tensors: dict) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -277,4 +154,4 @@ def _configuration(
     )
 
 
-__all__ = ["export_peft", "import_peft", "shortest_names"]
+__all__ = ["import_peft"]

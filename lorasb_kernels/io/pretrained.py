@@ -1,0 +1,90 @@
+"""`save_pretrained` of an adapted transformers model: the adapter, where the base is not written.
+
+transformers would write W beside `lora_A`, `lora_B` and `lora_R` under names that
+`from_pretrained` reads back as the untrained base. Instead an adapted model writes
+
+    lorasb_config.json, subspace.safetensors, adapter.safetensors   for `load_adapter`
+    adapter_config.json, adapter_model.safetensors                  the same function as LoRA
+    model.safetensors                                               A, B, R and the saved modules
+
+With the second, `from_pretrained(folder)` gives the trained function where peft is installed, as
+for any adapter of peft; servers of LoRA read it, too. With the third, under the names they have in
+the model, transformers' `Trainer` resumes from its checkpoints and loads the best one.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorasb_kernels.io.layer_tensors import refuse_merged
+from lorasb_kernels.io.peft_export import export_peft
+from lorasb_kernels.io.save import save_adapter
+from lorasb_kernels.io.tensors import saved_tensors
+from lorasb_kernels.targets import find_saved_modules, layers_of
+from lorasb_kernels.utils.files import write_tensors
+
+TRAINER_FILE = "model.safetensors"
+
+
+def save_adapter_only(model: nn.Module) -> None:
+    """Makes `model.save_pretrained` write the adapter, where the model has such a method."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = partial(save_pretrained, model)
+
+
+def save_whole_again(model: nn.Module) -> None:
+    """Undoes `save_adapter_only`."""
+    vars(model).pop("save_pretrained", None)
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    **_,
+) -> None:
+    """Writes the adapter of `model` for `load_adapter`, `from_pretrained` and `Trainer`.
+
+    Args:
+        model: an adapted transformers model.
+        save_directory: created if missing.
+        is_main_process: whether this process is the one that writes.
+        state_dict: ignored, as transformers' `Trainer` passes it for the whole model.
+        push_to_hub: not supported; `model.push_to_hub(...)` is.
+        _: what else transformers takes; all of it concerns the base model's files.
+
+    Raises:
+        ValueError: a merged layer, sharded parameters (which every rank must gather),
+            `push_to_hub`, or `save_directory` holds the base model.
+    """
+    if push_to_hub:
+        raise ValueError(
+            "push_to_hub is True; expected save_pretrained(folder), then model.push_to_hub(name)"
+        )
+    layers = layers_of(model)
+    refuse_merged(layers, "save_pretrained(); merge_and_unload() gives a plain model to save")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(tensor, "full_tensor"):  # gathering it here would wait for the other ranks
+            raise ValueError(
+                f"{name} is sharded over ranks; expected save_adapter(), called by every rank"
+            )
+    if not is_main_process:
+        return
+    directory = Path(save_directory)
+    if (directory / "config.json").exists():
+        raise ValueError(
+            f"save_directory {str(directory)!r} holds a model; expected a folder of the adapter's "
+            "own, as its model.safetensors would replace that model's weights"
+        )
+    save_adapter(model, directory)
+    export_peft(model, directory)
+    saved = saved_tensors(find_saved_modules(model, model.lorasb_config.modules_to_save))
+    factors = {f"{n}.{f}": t for n, layer in layers.items() for f, t in layer.factors().items()}
+    write_tensors(directory / TRAINER_FILE, factors | saved, {"format": "pt"})
+
+
+__all__ = ["save_adapter_only", "save_pretrained", "save_whole_again"]
