@@ -24,6 +24,7 @@ at all, as the keys of a cross-attention under an unknown name, is left to itsel
 
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -108,23 +109,42 @@ class SharedInput:
         self._thread = _Thread()
 
 
+class _Factors(NamedTuple):
+    """What a layer's projection is computed from, beside its input."""
+
+    lora_A: torch.Tensor
+    lora_R: torch.Tensor | None
+    settings: tuple  # which layers that are projected together have in common
+    state: tuple
+
+    @classmethod
+    def of(cls, layer: AdaptedLinear, device: torch.device) -> "_Factors | None":
+        """None if the layer projects for itself, or a change of its factors could go unseen."""
+        if layer.training and layer.dropout > 0:
+            return None
+        lora_A, lora_R = layer.lora_A, layer.lora_R
+        scaling, backend = layer.scaling, layer.backend
+        if not _is_plain(lora_A, device):
+            return None
+        settings = (scaling, backend, lora_A.shape, lora_A.dtype)
+        state = (scaling, backend, *_version_of(lora_A))
+        if lora_R is not None:
+            if not _is_plain(lora_R, device):
+                return None
+            settings += (lora_R.shape, lora_R.dtype)
+            state += _version_of(lora_R)
+        return cls(lora_A, lora_R, settings, state)
+
+
 @dataclass
 class _Projection:
-    """An input projected for several layers, and what it was computed from."""
+    """An input projected for several layers."""
 
     common: CommonInput
     x: torch.Tensor
     x_state: tuple
-    states: dict[int, tuple]  # by id(layer), for the layers that have not come yet
-    order: dict[int, int]
-    factors: list[torch.Tensor]  # kept alive: a state holds their ids
-
-    def take(self, layer: AdaptedLinear, x: torch.Tensor) -> int | None:
-        """The layer's number, if this is the projection that it would compute."""
-        key = id(layer)
-        if self.x is not x or key not in self.states or self.x_state != _input_state(x):
-            return None
-        return self.order[key] if self.states.pop(key) == _layer_state(layer) else None
+    # Number and factors by id(layer), of those not called yet; alive, so that no id is used again.
+    waiting: dict[int, tuple[int, _Factors]]
 
 
 class _Call:
@@ -137,85 +157,75 @@ class _Call:
 
     def unused(self) -> set[int]:
         """The layers, by id, for which the input of another one was projected in vain."""
-        return self._unused | (self.projection.states.keys() if self.projection else set())
+        return self._unused | (self.projection.waiting.keys() if self.projection else set())
 
     def output(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor | None:
-        if self.waiting.pop(id(layer), None) is None or not _shareable(layer, x):
+        """As `SharedInput.forward`."""
+        if self.waiting.pop(id(layer), None) is None or torch.is_inference_mode_enabled():
             return None
-        index = None if self.projection is None else self.projection.take(layer, x)
-        if index is None:
-            if self.projection is not None and self.projection.x is not x:
-                self._unused |= self.projection.states.keys()
-            self.projection = self._project(layer, x)
-            if self.projection is None:
+        factors = _Factors.of(layer, x.device) if _is_plain(x, x.device) else None
+        if factors is None:
+            return None
+        projection = self.projection
+        number = None if projection is None else self._number(projection, layer, factors, x)
+        if number is None:
+            projection = self.projection = self._project(layer, factors, x)
+            if projection is None:
                 return None
-            index = self.projection.take(layer, x)
-        common = self.projection.common
-        if not self.projection.states:
+            number = 0
+        if not projection.waiting:
             self.projection = None
-        operands = common.operands(
-            layer.frozen_weight(), layer.lora_A, layer.core(), layer.lora_B, layer.bias
+        operands = projection.common.operands(
+            layer.frozen_weight(), factors.lora_A, layer.core(), layer.lora_B, layer.bias
         )
-        return common.output(index, x, *operands)
+        return projection.common.output(number, x, *operands)
 
-    def _project(self, first: AdaptedLinear, x: torch.Tensor) -> _Projection | None:
-        settings = _settings(first)
-        others = [
-            layer
-            for layer in self.waiting.values()
-            if _shareable(layer, x) and _settings(layer) == settings
-        ]
-        if not others:
+    def _number(self, projection, layer, factors: _Factors, x: torch.Tensor) -> int | None:
+        """The layer's number in `projection`; None if it would not compute the same now."""
+        if projection.x is not x:
+            self._unused |= projection.waiting.keys()
             return None
-        layers = [first, *others]
-        As, Rs = ([getattr(layer, name) for layer in layers] for name in ("lora_A", "lora_R"))
-        sizes = [layer.out_features for layer in layers]
-        return _Projection(
-            CommonInput(x, As, Rs, sizes, first.scaling, first.backend),
-            x,
-            _input_state(x),
-            {id(layer): _layer_state(layer) for layer in layers},
-            {id(layer): index for index, layer in enumerate(layers)},
-            [*As, *Rs],
+        number, then = projection.waiting.pop(id(layer), (None, None))
+        unchanged = (
+            then is not None
+            and then.state == factors.state
+            and projection.x_state == _input_state(x)
         )
+        return number if unchanged else None
+
+    def _project(self, first, factors: _Factors, x: torch.Tensor) -> _Projection | None:
+        """The projection of `x` for `first`, number 0, and those of its siblings still to come."""
+        layers, members = [first], [factors]
+        for layer in self.waiting.values():
+            other = None if layer.merged else _Factors.of(layer, x.device)
+            if other is not None and other.settings == factors.settings:
+                layers.append(layer)
+                members.append(other)
+        if len(layers) == 1:
+            return None
+        As, Rs, _, _ = zip(*members, strict=True)
+        sizes = [layer.out_features for layer in layers]
+        numbered = {id(layer): (i, members[i]) for i, layer in enumerate(layers) if i > 0}
+        common = CommonInput(x, As, Rs, sizes, first.scaling, first.backend)
+        return _Projection(common, x, _input_state(x), numbered)
 
 
-def _shareable(layer: AdaptedLinear, x: torch.Tensor) -> bool:
-    """Whether a projection of `x` by `layer` can be compared later with what it came from."""
-    if layer.merged or (layer.training and layer.dropout > 0):
-        return False
-    if torch.is_inference_mode_enabled():
-        return False
-    tensors = [x, *_factors(layer)]
-    return all(
+def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on `device` and has a version."""
+    return (
         type(tensor) in (torch.Tensor, nn.Parameter)
-        and tensor.device == x.device
+        and tensor.device == device
         and not tensor.is_inference()
-        for tensor in tensors
     )
 
 
-def _factors(layer: AdaptedLinear) -> list[torch.Tensor]:
-    return [layer.lora_A] if layer.lora_R is None else [layer.lora_A, layer.lora_R]
-
-
-def _settings(layer: AdaptedLinear) -> tuple:
-    """What layers that are projected together must have in common."""
-    shapes = [(factor.shape, factor.dtype) for factor in _factors(layer)]
-    return (layer.scaling, layer.backend, *shapes)
-
-
-def _layer_state(layer: AdaptedLinear) -> tuple:
-    return (layer.scaling, layer.backend, *map(_tensor_state, _factors(layer)))
-
-
-def _tensor_state(tensor: torch.Tensor) -> tuple:
+def _version_of(tensor: torch.Tensor) -> tuple[int, int, int]:
     return (id(tensor), tensor._version, tensor.data_ptr())
 
 
 def _input_state(x: torch.Tensor) -> tuple:
     return (
-        *_tensor_state(x),
+        *_version_of(x),
         x.shape,
         x.stride(),
         x.requires_grad,
