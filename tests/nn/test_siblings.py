@@ -316,6 +316,34 @@ def test_gradients_on_and_off_between_siblings(graded, inside):
 
 
 @inside_and_outside
+def test_inference_mode_left_between_siblings(inside):
+    """What was computed in inference mode cannot be saved for backward."""
+
+    def body(parent):
+        x = inputs().requires_grad_()
+        with torch.inference_mode():
+            parent.q_proj(x)
+        k, v = parent.k_proj(x), parent.v_proj(x)
+        return [k, v, *torch.autograd.grad(k.sum() + v.sum(), [x, parent.k_proj.lora_R])]
+
+    close(body, inside)
+
+
+@inside_and_outside
+def test_an_input_cut_off_from_its_graph_between_siblings(inside):
+    def body(parent):
+        leaf = inputs().requires_grad_()
+        x = leaf * 1
+        q = parent.q_proj(x)
+        x.detach_().requires_grad_()
+        k = parent.k_proj(x)
+        (q.sum() + k.sum()).backward()
+        return [q, k, leaf.grad, x.grad]
+
+    close(body, inside)
+
+
+@inside_and_outside
 def test_an_input_detached_between_siblings(inside):
     def body(parent):
         leaf = inputs().requires_grad_()
