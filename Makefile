@@ -5,7 +5,7 @@
 #   make numerics       docs/numerics.md: how near each operation comes to what it may err
 #   make demo           fine-tune a real model on real data with LoRA-SB
 #   make demo-compare   the methods side by side on the demo's data
-#   make lint           ruff, format check
+#   make lint           ruff, format check, and mypy on the public modules
 #   make ext            build the CUDA extension in place, incrementally
 #   make gpu            everything that needs a GPU, in nine minutes: the tests on it, then the
 #                       benchmarks; PART=tests|kernels|linear|init|train for one part, DRY=1
@@ -61,6 +61,7 @@ demo-compare: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 ext: $(VENV)/base.stamp
 	LORASB_FORCE_CUDA=1 $(PY) setup.py build_ext --inplace

@@ -11,6 +11,7 @@ from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.methods import initialize
 from lorasb_kernels.io.pretrained import save_adapter_only, save_whole_again
 from lorasb_kernels.nn.install import install, new_layer
+from lorasb_kernels.nn.quantized import QuantizedLoRALinear, QuantizedLoRASBLinear
 from lorasb_kernels.quantization import quantization_of
 from lorasb_kernels.targets import (
     adapted_layers,
@@ -127,7 +128,10 @@ def merge_and_unload(
             if not (layer.merged or layer.get_delta_weight().isfinite().all()):
                 raise ValueError(f"the adapter of {name} is not finite; nothing was merged")
     for name, layer in layers.items():
-        layer.merge(safe_merge, **({"dequantize": dequantize} if name in quantized else {}))
+        if isinstance(layer, QuantizedLoRALinear | QuantizedLoRASBLinear):
+            layer.merge(safe_merge, dequantize=dequantize)
+        else:
+            layer.merge(safe_merge)
         if layer.shared_input is not None:
             layer.shared_input.detach()
         model.set_submodule(name, layer.to_linear())

@@ -128,6 +128,7 @@ class LoRASBConfig:
         return INITS[self.init]
 
     def _check_types(self) -> None:
+        kinds: dict[str, type | tuple[type, ...]]
         kinds = {"r": int, "seed": int, "init": str, "backend": str, "sigma_side": str}
         kinds |= {"spectral_scaling": str}
         kinds |= dict.fromkeys(

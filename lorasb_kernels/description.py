@@ -1,5 +1,6 @@
 """What an adapter costs: layers, ranks, trainable and frozen elements, bytes, operations."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -116,13 +117,14 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
     Raises:
         ValueError: neither adapters nor a configuration, or targets that `adapt` refuses.
     """
+    layers: Mapping[str, nn.Linear]
     if config is None:
-        layers = adapted_layers(model)
+        layers = adapted = adapted_layers(model)
         if not layers:
             raise ValueError("the model holds no adapter; expected one, or a config to plan with")
-        ranks = {name: layer.r for name, layer in layers.items()}
-        has_core = next(iter(layers.values())).lora_R is not None
-        adapters = [p for layer in layers.values() for p in layer.factors().values()]
+        ranks = {name: layer.r for name, layer in adapted.items()}
+        has_core = next(iter(adapted.values())).lora_R is not None
+        adapters = [p for layer in adapted.values() for p in layer.factors().values()]
         trained = {id(p): p.numel() for p in adapters if isinstance(p, nn.Parameter)}
         other = sum(
             p.numel() for p in model.parameters() if p.requires_grad and id(p) not in trained

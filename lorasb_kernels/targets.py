@@ -6,10 +6,12 @@ Only reads the model; nothing is changed.
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
+from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.ops.precision import FLOAT_DTYPES
 from lorasb_kernels.quantization import check_quantized, quantization_of
@@ -160,7 +162,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, AdaptedLinear):
         raise ValueError(f"{name} is adapted already; expected a model without adapters")
     if quantization_of(module) is not None:
-        check_quantized(name, module)
+        check_quantized(name, cast(nn.Linear, module))
         return
     if type(module) is not nn.Linear:
         raise TypeError(
@@ -215,6 +217,11 @@ def check_rank(name: str, linear: nn.Linear, r: int) -> None:
         raise ValueError(f"r is {r}; expected r <= {limit} for {name}, which is {linear}")
 
 
+def config_of(model: nn.Module) -> LoRASBConfig:
+    """The configuration that `adapt` left in `model`."""
+    return cast(LoRASBConfig, model.lorasb_config)
+
+
 def layers_of(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers of a model that `adapt` returned; ValueError for a plain model."""
     layers = adapted_layers(model)
@@ -227,6 +234,7 @@ __all__ = [
     "adapted_layers",
     "check_adaptable",
     "check_rank",
+    "config_of",
     "find_layers",
     "find_saved_modules",
     "find_targets",

@@ -1,10 +1,15 @@
 """Importing is cheap and needs only the core install."""
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import lorasb_kernels
 
 OPTIONAL = (
     *("transformers", "accelerate", "peft", "rich", "yaml", "matplotlib"),
@@ -64,14 +69,24 @@ for name in lorasb_kernels.__all__:
 
 
 def test_every_public_name_is_there():
-    import lorasb_kernels
-
     for name in lorasb_kernels.__all__:
         assert getattr(lorasb_kernels, name) is not None
     assert callable(lorasb_kernels.adapt)
     assert callable(lorasb_kernels.describe)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         lorasb_kernels.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["lorasb_kernels", "lorasb_kernels.init"])
+def test_type_checkers_see_every_public_name(package):
+    """Names are imported at first use; for a type checker they are spelled out a second time."""
+    module = importlib.import_module(package)
+    tree = ast.parse(Path(module.__file__).read_text())
+    (spelled_out,) = (node for node in tree.body if isinstance(node, ast.If))
+    found = {alias.asname: node.module for node in spelled_out.body for alias in node.names}
+    lazily = {**dict.fromkeys(getattr(module, "_MODULES", ()), package), **module._HOME}
+    assert found == lazily
+    assert (Path(lorasb_kernels.__file__).parent / "py.typed").exists()
 
 
 def test_named_backends_say_why_they_cannot_run():

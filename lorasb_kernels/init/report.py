@@ -73,6 +73,7 @@ class InitReport:
         return cls(layers)
 
     def __str__(self) -> str:
+        rows: list[tuple[str, ...]]
         rows = [("layer", "shape", "captured", "σ₁ σ₂ σ₃", "zeros", "ms")]
         rows += [_row(name, layer) for name, layer in self.layers.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -88,7 +89,7 @@ class InitReport:
 
     def _summary(self) -> str:
         energies = {name: layer.captured_energy for name, layer in self.layers.items()}
-        lowest = min(energies, key=energies.get)
+        lowest = min(energies, key=energies.__getitem__)
         stopped = sum(not layer.converged for layer in self.layers.values())
         return (
             f"{len(energies)} layers; captured energy {sum(energies.values()) / len(energies):.4f} "

@@ -40,7 +40,7 @@ class SignMatrix:
     columns: int
     transposed: bool = False
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self):
         check_planes(self.positive, self.negative, self.columns)
@@ -161,10 +161,10 @@ class SignMatrix:
             raise FileNotFoundError(f"path is {str(path)!r}; expected a saved SignMatrix there")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                planes = [file.get_tensor(name) for name in ("positive", "negative")]
+                positive, negative = map(file.get_tensor, ("positive", "negative"))
                 metadata = file.metadata() or {}
             columns, transposed = (int(metadata[key]) for key in ("columns", "transposed"))
-            return cls(*planes, columns, bool(transposed))
+            return cls(positive, negative, columns, bool(transposed))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"path is {str(path)!r}; expected a saved SignMatrix: {error}"
@@ -181,7 +181,7 @@ def _fast_bfloat16(device: torch.device) -> bool:
     """Whether `device` has matrix units for bfloat16: a GPU, or a CPU with AMX."""
     if device.type != "cpu":
         return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16", False))
 
 

@@ -200,7 +200,8 @@ class AdaptedLinear(nn.Linear):
             if shape != expected:
                 raise ValueError(f"{name} has shape {shape}; expected {expected}")
         for name, own in self.factors().items():
-            own.copy_(given[name])
+            if (value := given[name]) is not None:
+                own.copy_(value)
         self._factors_changed()
 
     def _refuse_merged(self, method: str) -> None:

@@ -45,7 +45,7 @@ def install(
         module.requires_grad_(True)
     if config.share_inputs:
         share_inputs(model)
-    model.lorasb_config = config
+    model.lorasb_config = config  # type: ignore[assignment]
 
 
 __all__ = ["install", "new_layer"]

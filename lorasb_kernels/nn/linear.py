@@ -182,7 +182,7 @@ class LoRALinear(AdaptedLinear):
             RuntimeError: the adapter is merged.
         """
         self._refuse_merged("reset_adapter")
-        self.lora_A.copy_(kaiming_uniform(self.lora_A.shape, generator))
+        self.lora_A.copy_(kaiming_uniform((self.r, self.in_features), generator))
         self.lora_B.zero_()
 
 

@@ -4,14 +4,18 @@ import torch
 from torch import nn
 
 from lorasb_kernels.functional import FrozenLayer
-from lorasb_kernels.nn.adapted import check_finite
+from lorasb_kernels.nn.adapted import AdaptedLinear, check_finite
 from lorasb_kernels.nn.linear import LoRALinear, LoRASBLinear
 from lorasb_kernels.nn.merging import merged_weight
 from lorasb_kernels.quantization import dense_weight, prevent_repacking, quantization_of
 
 
-class _Quantized:
+class _Quantized(AdaptedLinear):
     """What an adapted layer does differently when its frozen layer is a quantized `base_layer`."""
+
+    base_layer: nn.Linear
+    weight: nn.Parameter | None  # type: ignore[assignment]  # None unless merged
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def _hold(self, linear: nn.Linear) -> None:
         self.weight = self.bias = None

@@ -95,7 +95,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 # torch.compile treats the result as a constant, as it cannot trace the probing of devices and
 # imports. torch.compiler.assume_constant_result sets the same attribute, but imports the compiler.
-resolve_backend._dynamo_marked_constant = True
+resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -106,7 +106,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """
     if device.type != "cuda":
         return "reference", f"tensors are on {device}"
-    passed_over = []
+    passed_over: list[str] = []
     for backend in ("triton", "cuda"):
         reason = obstacle(backend, device, dtype)
         if reason is None:

@@ -99,7 +99,7 @@ def explain(
         backend, reason, sms = "triton", f"planned for {arch}", MULTIPROCESSORS[arch]
     else:
         raise ValueError(f"arch is {arch!r}; expected one of {ARCHITECTURES}")
-    steps = ()
+    steps: tuple[Step, ...] = ()
     if backend == "triton":
         steps = _triton_steps(shape, dtype, arch, sms, trained)
     return Explanation(backend, reason, steps)

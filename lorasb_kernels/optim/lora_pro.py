@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lorasb_kernels.optim.preconditioned import Pair, PreconditionedAdamW
+from lorasb_kernels.optim.preconditioned import Pair, PreconditionedAdamW, gradients_of
 
 
 def closest_gradients(
@@ -87,8 +87,9 @@ class LoRAProAdamW(PreconditionedAdamW):
         (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
         correction1 = 1 - beta1**step if group["bias_correction"] else 1.0
         correction2 = 1 - beta2**step if group["bias_correction"] else 1.0
-        for A, B in zip(As, Bs, strict=True):
-            g_A, g_B = closest_gradients(A, B, A.grad, B.grad, s, damping)
+        gradients = zip(gradients_of(As), gradients_of(Bs), strict=True)
+        for A, B, (plain_A, plain_B) in zip(As, Bs, gradients, strict=True):
+            g_A, g_B = closest_gradients(A, B, plain_A, plain_B, s, damping)
             equivalent = s * (g_B @ A + B @ g_A)
             state = self.state[A]
             if not state:

@@ -9,7 +9,7 @@ gradients, so a rescaled gradient gives the same step, but a rescaled step does 
 import torch
 from torch import nn
 
-from lorasb_kernels.nn.linear import inverse_grams
+from lorasb_kernels.nn.linear import LoRASBLinear, inverse_grams
 from lorasb_kernels.targets import layers_of
 
 
@@ -26,7 +26,7 @@ def correct_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> list:
     Raises:
         ValueError: the model has no core, or corrects its gradients already.
     """
-    layers = [layer for layer in layers_of(model).values() if layer.lora_R is not None]
+    layers = [layer for layer in layers_of(model).values() if isinstance(layer, LoRASBLinear)]
     if not layers:
         raise ValueError("the model trains no core; expected an init that does")
     if any(layer.optimal_gradient for layer in layers):

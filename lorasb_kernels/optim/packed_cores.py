@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from lorasb_kernels.targets import layers_of
+from lorasb_kernels.targets import config_of, layers_of
 
 
 class PackedCores:
@@ -55,12 +55,13 @@ class PackedCores:
 
     def __init__(self, model: nn.Module):
         layers = layers_of(model)
-        if not model.lorasb_config.facts.has_core:
+        config = config_of(model)
+        if not config.facts.has_core:
             raise ValueError(
-                f"the model's init is {model.lorasb_config.init!r}, which trains A and B; "
+                f"the model's init is {config.init!r}, which trains A and B; "
                 "expected adapters that train cores"
             )
-        self._cores = {name: layer.lora_R for name, layer in layers.items()}
+        self._cores = {n: c for n, layer in layers.items() if (c := layer.lora_R) is not None}
         first = next(iter(self._cores.values()))
         for name, core in self._cores.items():
             if core.device != first.device or core.dtype != first.dtype:
@@ -76,7 +77,7 @@ class PackedCores:
         self._gradient_views = dict(zip(self._cores, self._split(self._gradient), strict=True))
         self._arrived: set[str] = set()  # cores with a gradient in the present sum
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.parameter.packed_cores = self  # whoever holds the parameter keeps the hooks at work
+        self.parameter.packed_cores = self  # type: ignore[attr-defined]  # whoever holds the parameter keeps the hooks at work
         offset = 0
         for (name, core), view in zip(self._cores.items(), self._split(flat), strict=True):
             core.data = view
@@ -128,6 +129,7 @@ class PackedCores:
 
     def _after_accumulation(self, name: str, core: torch.Tensor) -> None:
         view = self._gradient_views[name]
+        assert core.grad is not None  # accumulated just now
         if core.grad.data_ptr() != view.data_ptr():
             view.copy_(core.grad)
             core.grad = view
@@ -157,7 +159,7 @@ class PackedCores:
                 state[position + i] = {key: self._part(v, i) for key, v in values.items()}
         groups = []
         for group in packed["param_groups"]:
-            indices = []
+            indices: list[int] = []
             for index in group["params"]:
                 first = index + (count - 1) * (index > position)
                 indices += range(first, first + (count if index == position else 1))

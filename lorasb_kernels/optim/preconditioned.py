@@ -127,7 +127,7 @@ class PreconditionedAdamW(torch.optim.Optimizer):
             group["step"] += 1
             if not group["paired"]:
                 parameters = [p for p in group["params"] if p.grad is not None]
-                self._adamw(group, parameters, [p.grad for p in parameters])
+                self._adamw(group, parameters, gradients_of(parameters))
                 continue
             As, Bs = _with_gradients(group["params"][::2], group["params"][1::2])
             if As:
@@ -136,9 +136,9 @@ class PreconditionedAdamW(torch.optim.Optimizer):
 
     def _step_pairs(self, group: dict, As: list[torch.Tensor], Bs: list[torch.Tensor]) -> None:
         left = self._inverse_grams([B.mT for B in Bs], group["damping"])
-        self._adamw(group, As, _products(left, [A.grad for A in As]))
+        self._adamw(group, As, _products(left, gradients_of(As)))
         right = self._inverse_grams(As, group["damping"])
-        gradients = _products(right, [B.grad.mT for B in Bs])
+        gradients = _products(right, [gradient.mT for gradient in gradients_of(Bs)])
         self._adamw(group, Bs, [gradient.mT.contiguous() for gradient in gradients])
 
     def _inverse_grams(self, factors: Sequence[torch.Tensor], damping: float) -> list[torch.Tensor]:
@@ -191,6 +191,10 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         torch._foreach_add_(roots, group["eps"])
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(parameters, means, roots, value=-lr / correction1)
+
+
+def gradients_of(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _with_gradients(As: Sequence, Bs: Sequence) -> tuple[list, list]:

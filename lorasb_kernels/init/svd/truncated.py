@@ -291,7 +291,8 @@ def _check_matrices(matrices: Sequence[Matrix]) -> tuple[int, int]:
             raise ValueError(f"{name} is on {matrix.device}; expected {first.device}, as the first")
         if bad:
             raise ValueError(f"{name} has {bad} elements that are not finite; expected none")
-    return tuple(first.shape)
+    m, n = first.shape
+    return m, n
 
 
 def _check_parameters(m, n, r, tol, max_iter, oversample) -> None:

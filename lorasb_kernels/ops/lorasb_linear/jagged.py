@@ -1,9 +1,11 @@
 """Nested tensors of jagged layout: their rows one after another, and the lengths of the parts."""
 
+from typing import Any
+
 import torch
 
 
-def jagged_rows(x: torch.Tensor) -> torch.Tensor:
+def jagged_rows(x: Any) -> torch.Tensor:
     """The rows of all parts of the nested tensor `x` as one tensor.
 
     Raises:
@@ -17,7 +19,7 @@ def jagged_rows(x: torch.Tensor) -> torch.Tensor:
     return x.values()
 
 
-def as_jagged(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def as_jagged(y: torch.Tensor, x: Any) -> torch.Tensor:
     """`y`, what a layer gave for `jagged_rows(x)`, with the parts of `x`."""
     return torch.nested.nested_tensor_from_jagged(
         y, offsets=x.offsets(), lengths=x.lengths(), jagged_dim=x._ragged_idx
