@@ -13,13 +13,15 @@ loss.png.
         --methods lora-sb:16:1e-3,2.5e-3 lora:16:4e-4,1e-3 --output-dir out/compare
 
 Instead of --methods, the file may list `contenders`, each with `method`, `r`, `learning_rate` (one
-or a list), `label` and any other settings of its own. --validation is needed only to choose among
+or a list; none: the task's), `label` and any other settings of its own. --preset lies below the
+file, --model and --data above it. --validation is needed only to choose among
 learning rates. The score of a run is its average over the test sets.
 """
 
 import argparse
 from pathlib import Path
 
+from lorasb_kernels.train.config import preset_names
 from lorasb_kernels.train.errors import ConfigError, shown
 
 
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-rows", type=int, default=2000, help="of headlines; default 2000")
     parser.add_argument("--epochs", type=float, default=3, help="over headlines; default 3")
     parser.add_argument("--config", help="settings of `lorasb train`, for a task of your own")
+    parser.add_argument("--preset", choices=preset_names(), help="with --config: settings below it")
+    parser.add_argument("--model", help="with --config: in place of its model")
+    parser.add_argument("--data", help="with --config: in place of its data")
     parser.add_argument("--validation", help="with --config: rows that choose the learning rate")
     parser.add_argument("--test", nargs="+", help="with --config: sets of the final evaluation")
     parser.add_argument(
@@ -78,7 +83,12 @@ def own_task(options: argparse.Namespace):
     from lorasb_kernels.train.run import read_held_out, read_training
 
     settings = load_file(options.config, also=("contenders",))
-    contenders = [listed_contender(entry) for entry in settings.pop("contenders", None) or ()]
+    entries = settings.pop("contenders", None) or ()
+    preset = options.preset or settings.pop("preset", None)
+    if preset is not None:
+        settings = load_preset(preset) | {k: v for k, v in settings.items() if k != "preset"}
+    settings |= {n: v for n in ("model", "data") if (v := getattr(options, n)) is not None}
+    contenders = [listed_contender(entry, settings.get("learning_rate")) for entry in entries]
     contenders += [contender(text) for text in options.methods]
     if not contenders:
         raise ConfigError("--methods is missing; --config expects it, or a list of contenders")
@@ -86,8 +96,6 @@ def own_task(options: argparse.Namespace):
         raise ConfigError("--test is missing; --config expects it")
     if not options.validation and any(len(one.learning_rates) > 1 for one in contenders):
         raise ConfigError("--validation is missing; a choice of learning rates expects it")
-    if "preset" in settings:
-        settings = load_preset(settings.pop("preset")) | settings
     config = resolve(settings | {"output_dir": options.output_dir})
     train = read_training(config)
     validation = read_held_out(config, options.validation) if options.validation else ()
@@ -101,8 +109,12 @@ def own_task(options: argparse.Namespace):
     return task, contenders
 
 
-def listed_contender(entry: object):
+def listed_contender(entry: object, learning_rate: float | None = None):
     """The contender that an entry of `contenders` describes.
+
+    Args:
+        entry: from the file.
+        learning_rate: where the entry has none.
 
     Raises:
         ConfigError: no mapping, unknown keys, no method, rank or learning rate.
@@ -113,7 +125,7 @@ def listed_contender(entry: object):
     if not isinstance(entry, dict):
         raise ConfigError(f"contenders hold {shown(entry)}; expected mappings of settings")
     check_keys(entry, "contenders", also=("label",))
-    entry = dict(entry)
+    entry = {"learning_rate": learning_rate} | entry
     try:
         method, r, rates = (entry.pop(name) for name in ("method", "r", "learning_rate"))
         rates = rates if isinstance(rates, list) else [rates]
