@@ -99,6 +99,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     backend: str = "auto"
     evaluation: str | None = None  # None: loss or accuracy, by task
+    evaluate_every: str | None = None  # "epoch": also after each; None: at the end
+    select: str = "last"  # the epoch that is kept, or "best"
     eval_batch_size: int = 32
     max_new_tokens: int | None = None  # of a generated answer; None: by the metric
     save_steps: int = 100  # a checkpoint every this many steps
@@ -165,6 +167,11 @@ class TrainConfig:
                 f"init_from is given with method {self.method!r}; expected one of "
                 f"{', '.join(ADAPTER_METHODS)}"
             )
+        if self.evaluate_every is not None:
+            self._one_of("evaluate_every", ("epoch",))
+        self._one_of("select", ("last", "best"))
+        if self.select == "best" and self.evaluate_every is None:
+            raise ConfigError("select is 'best'; expected evaluate_every: epoch")
         self._one_of("eta_rule", ETA_RULES)
         if self.eta_rule == "published" and not self.warmup_ratio:
             raise ConfigError("eta_rule is 'published'; expected a warmup_ratio above 0")

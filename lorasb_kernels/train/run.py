@@ -32,6 +32,7 @@ from lorasb_kernels.train.output_folder import (
     remove_remains,
 )
 from lorasb_kernels.train.progress import TrainingBar, track
+from lorasb_kernels.train.selection import EpochEvaluation, epoch_values, restore_best
 from lorasb_kernels.train.separation import check_separation
 from lorasb_kernels.train.templates import TEMPLATES
 from lorasb_kernels.train.trainer import (
@@ -46,7 +47,8 @@ Rows = Sequence[Example] | Sequence[Labelled]
 
 @dataclass
 class Result:
-    """Outcome of a run: `before` and `after` are the metric on the held-out rows."""
+    """Outcome of a run: `before` and `after` are the metric on the held-out rows, `epochs` that of
+    every epoch, for runs that evaluate them."""
 
     config: TrainConfig
     trainable: int
@@ -55,6 +57,7 @@ class Result:
     after: float | None
     losses: list[tuple[int, float]]
     seconds: dict[str, float] = field(default_factory=dict)
+    epochs: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """As JSON values; `losses` are (step, loss) pairs."""
@@ -172,6 +175,11 @@ def finetune(
         DivergedError: a loss or gradient that is not finite.
     """
     folder = Path(config.output_dir)
+    if config.evaluate_every is not None and not eval_rows:
+        raise ConfigError(
+            f"evaluate_every is {config.evaluate_every!r} and there is nothing to evaluate on; "
+            "expected eval_data"
+        )
     arguments = training_arguments(config)
     clock = Clock()
     with locked(folder) if is_main_process() else contextlib.nullcontext():
@@ -213,6 +221,11 @@ def finetune(
                 data_collator=Collator(tokenizer.pad_token_id),
                 callbacks=[*bars, *callbacks],
             )
+        if config.evaluate_every is not None:
+            every = EpochEvaluation(
+                config, lambda: judge("so far"), trainer.trained_parameters, is_main_process()
+            )
+            trainer.add_callback(every)
         # Past this barrier no rank takes what is written now for an earlier run's.
         trainer.accelerator.wait_for_everyone()
         if is_main_process():
@@ -222,6 +235,9 @@ def finetune(
             print(f"start: {start_of(config, checkpoint, found)}")
         with clock.phase("train"):
             trainer.continue_from(checkpoint)
+        if config.select == "best":
+            trainer.accelerator.wait_for_everyone()
+            restore_best(folder, trainer.trained_parameters())
         if is_main_process():
             save(model, tokenizer, config)
         after = judge("after")
@@ -233,6 +249,7 @@ def finetune(
             after=after,
             losses=trainer.losses(),
             seconds=clock.seconds,
+            epochs=epoch_values(folder) if config.evaluate_every else {},
         )
         if is_main_process():
             write_json(folder / "result.json", result.to_dict())
