@@ -12,8 +12,10 @@ for any adapter of peft; servers of LoRA read it, too. With the third, under the
 the model, transformers' `Trainer` resumes from its checkpoints and loads the best one.
 """
 
-from functools import partial
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,17 +28,46 @@ from lorasb_kernels.targets import find_saved_modules, layers_of
 from lorasb_kernels.utils.files import write_tensors
 
 TRAINER_FILE = "model.safetensors"
+_MARK = "_saves_adapter_only"
+
+
+class _AdapterOnly:
+    """Marks a model whose `save_pretrained` writes its adapter.
+
+    The method of its class looks for the mark. A method of the instance would refer to the model
+    and keep its memory until the garbage collector runs. Copies and pickles keep the mark.
+    """
+
+    def __init__(self, owner: type):
+        self.owner = owner
+        if not hasattr(owner.save_pretrained, "looks_for_the_mark"):
+            owner.save_pretrained = _looking_for_the_mark(owner.save_pretrained)
+
+    def __reduce__(self) -> tuple:
+        return _AdapterOnly, (self.owner,)
+
+
+def _looking_for_the_mark(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **options: Any) -> Any:
+        if _MARK in vars(self):
+            return save_pretrained(self, *args, **options)
+        return original(self, *args, **options)
+
+    method.looks_for_the_mark = True
+    return method
 
 
 def save_adapter_only(model: nn.Module) -> None:
-    """Makes `model.save_pretrained` write the adapter, where the model has such a method."""
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = partial(save_pretrained, model)
+    """Makes `model.save_pretrained` write the adapter, if the model has such a method."""
+    owners = [kind for kind in type(model).__mro__ if "save_pretrained" in vars(kind)]
+    if owners:
+        setattr(model, _MARK, _AdapterOnly(owners[0]))
 
 
 def save_whole_again(model: nn.Module) -> None:
     """Undoes `save_adapter_only`."""
-    vars(model).pop("save_pretrained", None)
+    vars(model).pop(_MARK, None)
 
 
 def save_pretrained(

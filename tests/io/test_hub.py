@@ -4,40 +4,59 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
+from lorasb_kernels import LoRASBConfig, Subspace, adapt, load_adapter, save_adapter
 from lorasb_kernels.io.hub import local_folder
+from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 
 LOAD = """
-import sys, torch
+import torch
 from lorasb_kernels import load_adapter
 from tests.models import batches, build
 with torch.no_grad():
-    model = load_adapter(build("llama"), "someone/adapter")
-    print(model(**batches("llama")[0]).logits.double().sum().item())
+    for name in ("someone/adapter", "someone/tenant"):
+        model = load_adapter(build("llama"), name)
+        print(model(**batches("llama")[0]).logits.double().sum().item())
     load_adapter(build("llama"), "someone/else")
 """
 
 
-def test_a_repository_in_the_cache_loads_offline(tmp_path):
-    model = adapt(build("llama"), LoRASBConfig(r=4, init="lora-xs", core_std=0.3), progress=False)
-    save_adapter(model, tmp_path / "adapter")
-    repository = tmp_path / "cache" / "models--someone--adapter"
-    shutil.copytree(tmp_path / "adapter", repository / "snapshots" / ("0" * 40))
+def put_into_the_cache(folder, cache, name):
+    repository = cache / f"models--someone--{name}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(**batches("llama")[0]).logits.double().sum().item()
+
+
+def test_repositories_in_the_cache_load_offline(tmp_path):
+    """An adapter, and one of its subspace in a repository of its own, which names the first."""
+    model = adapt(build("llama"), LoRASBConfig(r=4, init="lora-xs", core_std=0.3), progress=False)
+    save_adapter(model, tmp_path / "adapter")
+    expected = [outputs(model)]
+    subspace = replace(Subspace.load(tmp_path / "adapter"), hub_id="someone/adapter")
+    for layer in adapted_layers(model).values():
+        layer.lora_R.data.mul_(2)
+    save_adapter(model, tmp_path / "tenant", subspace=subspace)
+    expected.append(outputs(model))
+    for name in ("adapter", "tenant"):
+        put_into_the_cache(tmp_path / name, tmp_path / "cache", name)
     # The hub client reads its environment at import, hence a new process.
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=False
     )
-    with torch.no_grad():
-        expected = model(**batches("llama")[0]).logits.double().sum().item()
-    assert float(done.stdout) == pytest.approx(expected, rel=1e-5), done.stderr
+    printed = [float(line) for line in done.stdout.splitlines()]
+    assert printed == pytest.approx(expected, rel=1e-5), done.stderr
     message = "FileNotFoundError: 'someone/else' is no folder here, and the hub repository"
     assert message in done.stderr
 

@@ -1,8 +1,10 @@
 """`save_pretrained` and the real Trainer on adapted models: what is written, reloaded, resumed."""
 
 import copy
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +160,27 @@ def test_a_copy_saves_itself(bases, tmp_path):
     reloaded = load_adapter(base(bases, "llama"), tmp_path)
     assert torch.equal(logits(reloaded), logits(twin))
     assert not torch.equal(logits(reloaded), logits(model))
+
+
+def test_a_model_read_from_a_pickle_saves_itself(bases, tmp_path):
+    model = trained(bases)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    twin.save_pretrained(tmp_path / "twin")
+    reloaded = load_adapter(base(bases, "llama"), tmp_path / "twin")
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_a_model_is_freed_at_once(bases):
+    """Without waiting for the garbage collector, as GPU memory must be."""
+    model = trained(bases)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_the_adapter_is_what_goes_to_the_hub(bases, monkeypatch):
