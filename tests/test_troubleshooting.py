@@ -32,8 +32,11 @@ from lorasb_kernels import (
     save_adapter,
 )
 from lorasb_kernels.targets import adapted_layers
+from lorasb_kernels.train.methods import prepare
+from lorasb_kernels.train.output_folder import claim, is_claimed, locked
 from tests.ecosystem.quantizers import QUANTIZERS, quantize_model
 from tests.models import batches, build
+from tests.train.conftest import tiny_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 QUOTES = [
@@ -263,6 +266,25 @@ def new_head(folder, patch):
     save_adapter(adapt(build("roberta"), config, progress=False), folder / "adapter")
     build("llama").save_pretrained(folder / "base")
     merge_checkpoint(folder / "base", folder / "adapter", folder / "out", progress=False)
+
+
+@error
+def folder_in_use(folder, patch):
+    with locked(folder), locked(folder):
+        pass
+
+
+@error
+def other_settings(folder, patch):
+    claim(folder, tiny_config("model", folder), ())
+    is_claimed(folder, tiny_config("model", folder, r=2), ())
+
+
+@error
+def another_adapter(folder, patch):
+    save_adapter(adapted(), folder / "adapter")
+    config = tiny_config("model", folder, method="orthogonal", r=2, target_modules=("q_proj",))
+    prepare(build("llama"), config, (), 0, 1e-3)
 
 
 def matches(quote, message):

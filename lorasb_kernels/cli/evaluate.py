@@ -34,11 +34,12 @@ def run(options: argparse.Namespace) -> int:
 
     from lorasb_kernels.train.data import metric_of
     from lorasb_kernels.train.errors import ConfigError
-    from lorasb_kernels.train.progress import console, track
+    from lorasb_kernels.train.progress import console
     from lorasb_kernels.train.run import read_held_out
     from lorasb_kernels.train.summary import evaluation_table
     from lorasb_kernels.train.trained import evaluate_on, load_trained, read_config
     from lorasb_kernels.utils.files import read_json, write_json
+    from lorasb_kernels.utils.progress import track
 
     logging.disable_progress_bar()
     changes = {n: v for n in SETTINGS if (v := getattr(options, n)) is not None}

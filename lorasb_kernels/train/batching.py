@@ -44,6 +44,9 @@ def pack(samples: Sequence[Encoded], max_length: int) -> list[Encoded]:
 class LengthGroupedSampler(Sampler[int]):
     """Random order in which the samples of one optimizer step have similar lengths.
 
+    transformers' sampler of this name draws from a random state that a checkpoint within an epoch
+    no longer has, so a resumed epoch would have another order.
+
     Samples are shuffled and cut into groups of `STEPS_GROUPED` steps; each group is sorted
     by length, cut into steps, and its full steps are shuffled.
 

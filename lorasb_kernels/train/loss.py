@@ -45,12 +45,3 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def sample_mean_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Mean over the samples of a batch of each sample's own mean loss.
-
-    So every sample weighs the same in LoRA-SB's update estimate, whatever its length.
-    """
-    losses, labelled = token_losses(model, batch)
-    return (losses.sum(1) / labelled.sum(1).clamp_min(1)).mean()

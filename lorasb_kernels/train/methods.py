@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.init.estimation.losses import per_sample_loss
 from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train import changed_base
@@ -16,8 +17,6 @@ from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
 from lorasb_kernels.train.errors import ConfigError, setting_errors
-from lorasb_kernels.train.loss import sample_mean_loss
-from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.warm_start import seed_of, start_from
 from lorasb_kernels.utils.files import atomic_folder
 
@@ -122,15 +121,13 @@ def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
     if config.init_facts.needs_gradients:
         batches = estimation_batches(config, samples, pad_token_id, weight.device)
     estimation = EstimationOptions(
-        loss_fn=sample_mean_loss if config.task == "causal-lm" else None,
-        strategy=config.init_strategy,
-        memory_budget=config.init_memory_budget,
+        strategy=config.init_strategy, memory_budget=config.init_memory_budget
     )
     adapt(model, adapter, batches, learning_rate=eta, estimation=estimation, progress=progress)
     if config.init_from is not None:
         message = start_from(model, config.init_from)
         if progress:
-            console.print(message)
+            print(message)
 
 
 def _load_found(model: nn.Module, folder: Path, expected: LoRASBConfig) -> None:
@@ -143,8 +140,8 @@ def _load_found(model: nn.Module, folder: Path, expected: LoRASBConfig) -> None:
     for name, value in expected.to_dict().items():
         if found[name] != value:
             raise ConfigError(
-                f"output_dir holds an adapter, {folder}, made with {name} = {found[name]!r}; "
-                f"these settings make {value!r} of it: expected the same, or another output_dir"
+                f"output_dir holds an adapter, {folder}, made with {name} = {found[name]!r} where "
+                f"these settings say {value!r}; expected the same, or another output_dir"
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedAdapterWarning)  # training is what comes next
@@ -237,12 +234,7 @@ def _gradients_for_lora_ga(model, targets, adapter, config, samples, pad_token_i
 
     def backward() -> None:
         for batch in batches:
-            loss = (
-                sample_mean_loss(model, batch)
-                if config.task == "causal-lm"
-                else model(**batch).loss
-            )
-            loss.backward()
+            per_sample_loss(model, batch).mean().backward()
 
     preprocess_loraga(model, adapter, backward)
     model.zero_grad(set_to_none=True)

@@ -29,9 +29,10 @@ LOCK = ".lock"
 STAGING = ".checkpoint"
 REMAINS = (STAGING, ".adapter.*", ".model.*", ".*.json.*")
 REMAINS += ("adapter/.*.json.*", "adapter/.*.safetensors.*")
-# Settings that may change between two starts of a run: nothing that is trained depends on them.
-CHANGEABLE = ("eval_data", "eval_batch_size", "max_new_tokens", "stop", "response_prefix")
-CHANGEABLE += ("max_cut_share", "keep_checkpoints", "report_to")
+# Settings that may change between two starts of a run: nothing that is trained depends on them,
+# those of evaluation unless it selects the epoch that is kept.
+CHANGEABLE = {"keep_checkpoints", "report_to", "max_cut_share"}
+OF_EVALUATION = {"eval_data", "eval_batch_size", "max_new_tokens", "stop", "response_prefix"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
 
@@ -146,9 +147,11 @@ def is_claimed(folder: Path, config: TrainConfig, rows: Sequence) -> bool:
     # Settings that an earlier version did not have were at what is now their default.
     own = config.to_dict()
     before = TrainConfig(**{name: known[name] for name in own if name in known})
-    changeable = set(CHANGEABLE)
-    if before.regression == config.regression:
-        changeable.add("evaluation")
+    changeable = CHANGEABLE
+    if config.select == "last":
+        changeable = changeable | OF_EVALUATION
+        if before.regression == config.regression:
+            changeable = changeable | {"evaluation"}
     stored = before.to_dict()
     for name in own:
         if name not in changeable and stored[name] != own[name]:

@@ -31,7 +31,7 @@ from lorasb_kernels.train.output_folder import (
     locked,
     remove_remains,
 )
-from lorasb_kernels.train.progress import TrainingBar, track
+from lorasb_kernels.train.progress import TrainingBar
 from lorasb_kernels.train.selection import EpochEvaluation, epoch_values, restore_best
 from lorasb_kernels.train.separation import check_separation
 from lorasb_kernels.train.templates import TEMPLATES
@@ -41,6 +41,7 @@ from lorasb_kernels.train.trainer import (
     training_arguments,
 )
 from lorasb_kernels.utils.files import atomic_folder, write_json
+from lorasb_kernels.utils.progress import track
 
 Rows = Sequence[Example] | Sequence[Labelled]
 

@@ -154,8 +154,8 @@ def test_a_failed_start_leaves_no_trace(llama, tmp_path, changes, message):
 def test_another_adapter_in_the_folder_is_refused(llama, tmp_path):
     finetune(tiny_config(llama, tmp_path / "a", max_steps=1), sums(8))
     for changes, message in (
-        ({"r": 2}, "made with r = 4; these settings make 2 of it"),
-        ({"method": "lora-xs"}, "made with init = 'lora-sb'; these settings make 'lora-xs'"),
+        ({"r": 2}, "made with r = 4 where these settings say 2; expected the same"),
+        ({"method": "lora-xs"}, "made with init = 'lora-sb' where these settings say 'lora-xs'"),
         ({"target_modules": ("q_proj",)}, "made with target_modules = 'all-linear'"),
         ({"dropout": 0.5}, "made with dropout = 0.0"),
         ({"method": "dora"}, "holds adapter and no config.json"),
