@@ -41,6 +41,7 @@ from lorasb_kernels.ops.triton.tiles import (
 from lorasb_kernels.utils.files import write_text
 
 DTYPES = ("bfloat16", "float16", "float32")
+GROUPED_RANKS = (16, 96, 512)
 RANKS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -114,8 +115,10 @@ def _projections(arch: str, dtype: torch.dtype):
     for r in RANKS:
         width, tiles = rank_tiles(r)
         tile = projection_tile(arch, dtype, r)
-        # split, dropout, layers
-        for split, dropout, layers in ((0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 0, 3), (1, 0, 3)):
+        cases = [(0, 0, 1), (1, 0, 1), (1, 1, 1)]  # split, dropout, layers
+        if r in GROUPED_RANKS:
+            cases += [(0, 0, 3), (1, 0, 3)]
+        for split, dropout, layers in cases:
             arguments = {
                 **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr", "p_ptr"), "*"),
                 "r_ptr": "*fp32",

@@ -76,13 +76,14 @@ def check_shrink(arch):
 
 
 def check_shrink_group(arch):
-    """Three layers in one launch and a fourth in another, split over n or not; x from far away."""
+    """Three layers in one launch and a fourth in another, split over n or not."""
     for M, n, r, layers in ((40, 256, 24, 3), (75, 900, 96, 2), (3, 130, 200, 4)):
         x = bf16(M, n)
         As = [bf16(r, n, seed=i) / math.sqrt(n) for i in range(layers)]
         cores = [core_of(r) * (1 + i) for i in range(layers)]
-        with emulated(arch):
+        with emulated(arch) as log:
             h, p = project_group(x, As, cores, SCALING)
+        assert len(log) == math.ceil(layers / 3), "three layers in a launch"
         for layer in range(layers):
             arguments = (x, As[layer], cores[layer], SCALING, 0.0, None)
             compare("shrink", (h[layer], p[layer]), *arguments)

@@ -51,6 +51,7 @@ def assert_fits(report: dict) -> None:
     [
         ("projection", "r=(16|32|64|96|128), split, dropout"),
         ("projection", "r=(96|128)"),
+        ("projection", "r=96, split, 3 layers"),
         ("projection", "r=(192|224|256), split, dropout"),
         ("projection", "r=512, split, dropout"),
         ("gradient", ".*"),
