@@ -42,7 +42,7 @@ from lorasb_kernels.utils.files import write_text
 
 DTYPES = ("bfloat16", "float16", "float32")
 GROUPED_RANKS = (16, 96, 512)
-RANKS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+RANKS = (16, 24, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 _ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -84,7 +84,10 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a variant compiled to; `shared` in bytes, `occupancy` in warps over the maximum."""
+    """What a variant compiled to; `shared` in bytes, `occupancy` in warps over the maximum.
+
+    `products_of_16_bits` counts a warp's `mma.sync` instructions for 16-bit operands, m16n8k16.
+    """
 
     kernel: str
     case: str
@@ -99,6 +102,7 @@ class Report:
     tensor_core: str
     copies_of_16_bytes: int
     narrower_copies: int
+    products_of_16_bits: int
     tensor_map_copies: int
 
 
@@ -111,14 +115,29 @@ def variants(arch: str, dtype: str, kernel: str) -> Iterator[Variant]:
         yield Variant(kernel, case, arch, dtype, tile, arguments, constants)
 
 
+# dy B of a layer with 4104 outputs: rows of 8 elements more than a multiple of 16, A transposed.
+_ODD_OPERANDS = {
+    "n": 4104 // 8,
+    "stride_xm": 4104 // 8,
+    "stride_ar": 1,
+    "stride_an": 24 // 8,
+}
+
+
 def _projections(arch: str, dtype: torch.dtype):
     for r in RANKS:
         width, tiles = rank_tiles(r)
-        tile = projection_tile(arch, dtype, r)
-        cases = [(0, 0, 1), (1, 0, 1), (1, 1, 1)]  # split, dropout, layers
+        # M, split, dropout, layers. Few rows are split over the columns; many take taller tiles,
+        # where there are some.
+        cases = [(8191, 0, 0, 1), (511, 1, 0, 1), (511, 1, 1, 1)]
+        if projection_tile(arch, dtype, r, 8191, False) != projection_tile(
+            arch, dtype, r, 511, False
+        ):
+            cases += [(8191, 1, 0, 1), (8191, 1, 1, 1)]
         if r in GROUPED_RANKS:
-            cases += [(0, 0, 3), (1, 0, 3)]
-        for split, dropout, layers in cases:
+            cases += [(8191, 0, 0, 3), (511, 1, 0, 3)]
+        for M, split, dropout, layers in cases:
+            tile = projection_tile(arch, dtype, r, M, bool(dropout))
             arguments = {
                 **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr", "p_ptr"), "*"),
                 "r_ptr": "*fp32",
@@ -127,31 +146,36 @@ def _projections(arch: str, dtype: torch.dtype):
                 "partial_ptr": "*fp32" if split else None,
                 "arrived_ptr": "*i32" if split else None,
                 "seed_ptr": "*i64" if dropout else None,
-                "M": 8191,
-                "n": 4096,
-                "r": r,
-                "stride_xm": 4096,
+                "M": M,
+                "n": 4096 // 8,
+                "r": r // 8,
+                "stride_xm": 4096 // 8,
                 "stride_xn": 1,
-                "stride_ar": 4096,
+                "stride_ar": 4096 // 8,
                 "stride_an": 1,
                 "stride_rj": r,
                 "stride_ri": 1,
                 "splits": 7 if split else 1,
-                "columns_per_split": 1024,
+                "steps_per_split": 16,
                 "scaling": 0.5,
                 "keep_scale": 1.5,
                 "threshold": 2**31 + 1,
             }
             constants = {
+                **dict.fromkeys(("N_UNIT", "R_UNIT", "XM_UNIT"), 8),
+                "AR_UNIT": 1 if r == 24 else 8,
+                "AN_UNIT": 8 if r == 24 else 1,
                 "DROPOUT": bool(dropout),
                 "SPLIT": bool(split),
                 "LAYERS": layers,
                 "RANK_TILES": tiles,
                 "BLOCK_R": width,
             }
+            arguments |= _ODD_OPERANDS if r == 24 else {}
+            tall = ", tall" if split and M == 8191 else ""
             case = f"r={r}" + (", split" if split else "") + (", dropout" if dropout else "")
             case += f", {layers} layers" if layers > 1 else ""
-            yield case, tile, arguments, constants
+            yield case + tall, tile, arguments, constants
 
 
 def _gradients(arch: str, dtype: torch.dtype):
@@ -244,7 +268,8 @@ def compile_kernel(function, arguments: dict[str, object], constants: dict[str, 
     signature, divisible = {}, {}
     for index, name in enumerate(function.arg_names):
         value = constants.get(name, arguments.get(name))
-        if name in constants or value is None or value == 1:
+        specialized = not function.params[index].do_not_specialize
+        if name in constants or value is None or (value == 1 and specialized):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, str):
@@ -254,7 +279,7 @@ def compile_kernel(function, arguments: dict[str, object], constants: dict[str, 
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
         pointer = isinstance(value, str) and value.startswith("*")
-        if pointer or (isinstance(value, int) and value % 16 == 0):
+        if pointer or (isinstance(value, int) and specialized and value % 16 == 0):
             divisible[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     source = ASTSource(function, signature, constants, divisible)
@@ -287,6 +312,7 @@ def report(variant: Variant) -> Report:
         tensor_core="wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
         copies_of_16_bytes=widths.pop(16, 0),
         narrower_copies=sum(widths.values()),
+        products_of_16_bits=ptx.count("mma.sync.aligned.m16n8k16"),
         tensor_map_copies=ptx.count("cp.async.bulk.tensor.2d.shared"),
     )
 

@@ -119,10 +119,10 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, .
     parts = row_splits(M, partial)[0]
     gradient = Step("dR", "gradient kernel", partial, f"rows summed in {parts} parts by {M} rows")
 
-    def projection(operation: str, columns: int) -> Step:
-        tile = projection_tile(arch, dtype, r)
+    def projection(operation: str, columns: int, masked: bool) -> Step:
+        tile = projection_tile(arch, dtype, r, M, masked)
         row_tiles = -(-M // tile.BLOCK_M)
-        splits, _ = column_splits(row_tiles, columns, tile, sms)
+        splits, _ = column_splits(row_tiles, columns, r, tile, sms)
         reason = (
             f"rank {r} as {tiles} tiles of {width}; {row_tiles} row tiles on {sms} "
             f"multiprocessors, columns split {splits} ways"
@@ -147,9 +147,9 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, .
         return Step(operation, route.name, route.tile if ours else None, route.reason)
 
     return (
-        projection("shrink", n),
+        projection("shrink", n, drops),
         product("expand", m, n, transposed=False, masked=False),
-        projection("core_backward" if "lora_R" in trained else "q", m),
+        projection("core_backward" if "lora_R" in trained else "q", m, False),
         *(gradients[name] for name in trained),
         product("dx", n, m, transposed=True, masked=drops),
     )

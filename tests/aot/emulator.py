@@ -48,7 +48,11 @@ class EmulatedKernel:
             values = dict(zip(self.arg_names, arguments, strict=False))
             types = {name: _type_of(value) for name, value in values.items()}
             compiled = compile_kernel(self.function, types, constants, self.arch)
-            runtime = [value for value in values.values() if _is_passed(value)]
+            runtime = [
+                value
+                for value, parameter in zip(values.values(), self.function.params, strict=False)
+                if _is_passed(value, parameter.do_not_specialize)
+            ]
             kernel = TritonKernel(compiled, [None] * len(runtime), {})
             if self.plant is not None:
                 kernel.module = load(self.plant(kernel.ptx))
@@ -64,11 +68,12 @@ def _type_of(value):
     return _TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
 
 
-def _is_passed(value) -> bool:
-    """Whether a launch passes the argument: Triton makes constants of None and 1."""
+def _is_passed(value, as_it_is: bool) -> bool:
+    """Whether a launch passes the argument: Triton makes a constant of None, and of 1 unless the
+    parameter is exempt from specialization."""
     if isinstance(value, (torch.Tensor, TensorDescriptor)):
         return True
-    return value is not None and value != 1
+    return value is not None and (as_it_is or value != 1)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ import json
 import re
 
 import pytest
+import torch
 
-from lorasb_kernels.ops.triton.tiles import ARCHITECTURES
+from lorasb_kernels.ops.triton.tiles import ARCHITECTURES, projection_tile, rank_tiles
 from tests.aot.process import run_compiling
 
 KERNELS = ("projection", "gradient", "expand", "factor_gradient")
@@ -64,6 +65,39 @@ def test_sm_86_in_bf16(kernel, case):
     assert found
     for report in found:
         assert_fits(report)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        r"r=(16|32|96|128|160|256)",
+        pytest.param(r"r=\d+", marks=pytest.mark.slow),
+    ],
+)
+def test_the_projection_computes_every_product_once(cases):
+    """A step of 64×64 by r = 96 is 192 products of 16×8×16: 48 for each of four warps."""
+    flags = ("--arch", "sm_86", "--dtype", "bfloat16", "--kernel", "projection")
+    for report in reports(*flags, "--case", cases):
+        r = rank_of(report)
+        tile = projection_tile("sm_86", torch.bfloat16, r, 8191, False)
+        width, tiles = rank_tiles(r)
+        products = tile.BLOCK_M // 16 * tile.BLOCK_K // 16 * width * tiles // 8
+        assert report["products_of_16_bits"] == products // tile.num_warps, report
+        assert report["blocks_per_sm"] >= tile.blocks_per_sm, report
+
+
+def test_rows_of_8_elements_more_than_a_multiple_of_16_are_copied_16_bytes_at_a_time():
+    flags = ("--dtype", "bfloat16", "--kernel", "projection", "--case", "r=24.*")
+    for report in reports("--arch", "sm_86", *flags):
+        assert_fits(report)
+
+
+def test_the_tall_tiles_of_sm_90_share_a_multiprocessor():
+    flags = ("--arch", "sm_90", "--dtype", "bfloat16", "--kernel", "projection")
+    for report in reports(*flags, "--case", "r=96(, split, tall)?"):
+        assert_fits(report)
+        assert report["tensor_core"] == "wgmma"
+        assert report["blocks_per_sm"] == 2
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "sm_86"])

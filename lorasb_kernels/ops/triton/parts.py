@@ -63,9 +63,52 @@ def arrives_last(counter_ptr, blocks):
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == blocks - 1
 
 
+@triton.jit
+def sum_partials(partial_ptrs, stride, count, row_mask, IN_FLIGHT: tl.constexpr):
+    """The sum of `count` tiles that lie `stride` apart, in order, IN_FLIGHT loads at a time.
+
+    Args:
+        partial_ptrs: of the first tile, [rows, columns].
+        row_mask: [rows], which rows there are.
+    """
+    total = tl.zeros(partial_ptrs.shape, tl.float32)
+    for start in range(0, count, IN_FLIGHT):
+        tiles = ()
+        for i in tl.static_range(IN_FLIGHT):
+            # Past L1, which does not see what other multiprocessors wrote.
+            tiles += (
+                tl.load(
+                    partial_ptrs + (start + i) * stride,
+                    mask=row_mask[:, None] & (start + i < count),
+                    other=0.0,
+                    cache_modifier=".cg",
+                ),
+            )
+        for i in tl.static_range(IN_FLIGHT):
+            total += tiles[i]
+    return total
+
+
+def in_units(size: int) -> tuple[int, int]:
+    """`size` as (number, 8), or as (size, 1) if 8 does not divide it: the product is the size.
+
+    Triton tells its compiler that an argument is a multiple of 16 and nothing of 8. With the factor
+    8 as a constexpr, rows of any multiple of 8 elements are copied 16 bytes at a time.
+    """
+    return (size // 8, 8) if size % 8 == 0 else (size, 1)
+
+
 def launch_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's device current: Triton launches on the current device's stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-__all__ = ["GROUP_M", "arrives_last", "grouped_tile", "keep_mask", "launch_guard"]
+__all__ = [
+    "GROUP_M",
+    "arrives_last",
+    "grouped_tile",
+    "in_units",
+    "keep_mask",
+    "launch_guard",
+    "sum_partials",
+]

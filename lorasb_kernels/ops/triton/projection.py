@@ -27,7 +27,13 @@ import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
-from lorasb_kernels.ops.triton.parts import arrives_last, keep_mask, launch_guard
+from lorasb_kernels.ops.triton.parts import (
+    arrives_last,
+    in_units,
+    keep_mask,
+    launch_guard,
+    sum_partials,
+)
 from lorasb_kernels.ops.triton.tiles import (
     architecture,
     column_splits,
@@ -39,7 +45,7 @@ from lorasb_kernels.ops.triton.tiles import (
 MAX_LAYERS = 3  # of one launch; the largest sets of siblings are q, k and v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits", "steps_per_split"])
 def projection_kernel(
     x_ptr,
     a_ptr,
@@ -63,10 +69,15 @@ def projection_kernel(
     stride_rj,
     stride_ri,
     splits,
-    columns_per_split,
+    steps_per_split,
     scaling,
     keep_scale,
     threshold,
+    N_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
+    XM_UNIT: tl.constexpr,
+    AR_UNIT: tl.constexpr,
+    AN_UNIT: tl.constexpr,
     DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -76,6 +87,8 @@ def projection_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    n, r = n * N_UNIT, r * R_UNIT
+    stride_xm, stride_ar, stride_an = stride_xm * XM_UNIT, stride_ar * AR_UNIT, stride_an * AN_UNIT
     # The layers of a row tile run side by side: the later ones find x in L2.
     layer = tl.program_id(0) % LAYERS
     row_tile = tl.program_id(0) // LAYERS // splits
@@ -92,8 +105,8 @@ def projection_kernel(
     row_mask = rows < M
     ranks = tl.arange(0, BLOCK_R)
     offsets_k = tl.arange(0, BLOCK_K)
-    first = split * columns_per_split
-    last = tl.minimum(first + columns_per_split, n)
+    first = split * steps_per_split * BLOCK_K
+    last = tl.minimum(first + steps_per_split * BLOCK_K, n)
     ks = (first + offsets_k).to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + ks[None, :] * stride_xn
     a_ptrs = a_ptr + ks[:, None] * stride_an + ranks.to(tl.int64)[None, :] * stride_ar
@@ -133,21 +146,12 @@ def projection_kernel(
             tl.store(ptrs, h[i], mask=row_mask[:, None])
         if not arrives_last(arrived_ptr + row_tile * LAYERS + layer, splits):
             return
+        # Loads in flight cost registers, of which many rank tiles or a mask leave few.
+        IN_FLIGHT: tl.constexpr = 2 if DROPOUT or RANK_TILES > 4 else 4
         h = ()
-        for _ in tl.static_range(RANK_TILES):
-            h += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
-        for _ in range(splits):
-            summed = ()
-            for i in tl.static_range(RANK_TILES):
-                partial = tl.load(
-                    partial_ptrs + i * BLOCK_R,
-                    mask=row_mask[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                summed += (h[i] + partial,)
-            h = summed
-            partial_ptrs += stride_split
+        for i in tl.static_range(RANK_TILES):
+            tile_ptrs = partial_ptrs + i * BLOCK_R
+            h += (sum_partials(tile_ptrs, stride_split, splits, row_mask, IN_FLIGHT),)
 
     finished = ()
     for i in tl.static_range(RANK_TILES):
@@ -228,12 +232,15 @@ def _launch(x, As, cores, h, p, scaling, dropout, seed) -> None:
     r, layers = As[0].shape[0], len(As)
     if M == 0:
         return
-    tile = projection_tile(architecture(x.device), x.dtype, r)
+    tile = projection_tile(architecture(x.device), x.dtype, r, M, dropout > 0)
     block_r, tiles = rank_tiles(r)
     row_tiles = triton.cdiv(M, tile.BLOCK_M)
-    splits, columns_per_split = column_splits(
-        row_tiles * layers, n, tile, multiprocessors(x.device)
+    splits, steps_per_split = column_splits(
+        row_tiles * layers, n, r, tile, multiprocessors(x.device)
     )
+    (n_units, n_unit), (r_units, r_unit) = in_units(n), in_units(r)
+    xm_units, xm_unit = in_units(x.stride(0))
+    (ar_units, ar_unit), (an_units, an_unit) = map(in_units, As[0].stride())
     partial = arrived = None
     if splits > 1:
         shape = (layers, splits, M, tiles * block_r)
@@ -253,16 +260,23 @@ def _launch(x, As, cores, h, p, scaling, dropout, seed) -> None:
             arrived,
             seed,
             M,
-            n,
-            r,
-            *x.stride(),
-            *As[0].stride(),
+            n_units,
+            r_units,
+            xm_units,
+            x.stride(1),
+            ar_units,
+            an_units,
             *cores[0].stride(),
             splits,
-            columns_per_split,
+            steps_per_split,
             scaling,
             1 / (1 - dropout),
             keep_threshold(dropout),
+            N_UNIT=n_unit,
+            R_UNIT=r_unit,
+            XM_UNIT=xm_unit,
+            AR_UNIT=ar_unit,
+            AN_UNIT=an_unit,
             DROPOUT=dropout > 0,
             SPLIT=splits > 1,
             LAYERS=layers,

@@ -15,8 +15,10 @@ Limits per block and per multiprocessor:
 
 Projection. Memory bound: what counts is bytes of x in flight. By Little's law (latency about
 0.8 µs) a multiprocessor needs 7 KB in flight on an A6000, 15 KB on an A100, 20 KB on an H100.
-A stage of 64 rows × 64 columns of 16 bits is 8 KB, and two of them load while one is used;
-sm_90 has room for 128 columns. The accumulators of a row tile, BLOCK_M · r fp32 numbers,
+A stage of 64 rows × 64 columns of 16 bits is 8 KB. On sm_80 to 89 three stages are two buffers,
+and the next copy starts after the products of a step; two blocks per multiprocessor keep 16 KB in
+flight. sm_90 has room for 128 columns, or 128 rows.
+The accumulators of a row tile, BLOCK_M · r fp32 numbers,
 share the register file with two operands, so they get at most 128 registers per thread:
 BLOCK_M decreases from 64 to 32 as the rank grows to 512. fp32 operands are twice as wide and
 three tf32 products keep a high and a low part of each: half the tile.
@@ -40,6 +42,10 @@ import functools
 import torch
 
 INTERPRETER = "interpreter"
+# Steps of the projection that fit into the latency of its first loads, about.
+LATENCY = 2
+# Rows from which on the projection takes a taller tile, which reads A half as often from L2.
+MANY_ROWS = 2048
 # Ranks that a step of the expansion takes, in either kernel of it.
 EXPAND_BLOCK_R = 32
 # The devices that the tables were made for.
@@ -60,10 +66,20 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionTile(Tile):
-    """A block takes BLOCK_M rows and reads them BLOCK_K columns at a time."""
+    """A block takes BLOCK_M rows and reads them BLOCK_K columns at a time.
+
+    `blocks_per_sm` of them fit on a multiprocessor, as compiled.
+    """
 
     BLOCK_M: int
     BLOCK_K: int
+    blocks_per_sm: int = 1
+
+    def launch_options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        options = super().launch_options()
+        del options["blocks_per_sm"]
+        return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +127,17 @@ def architecture(device: torch.device) -> str:
     return known[-1]
 
 
-def projection_tile(arch: str, dtype: torch.dtype, r: int) -> ProjectionTile:
+def projection_tile(arch: str, dtype: torch.dtype, r: int, M: int, dropout: bool) -> ProjectionTile:
     """The tile of the projection kernel for a rank; each row of the table has a largest rank."""
     padded = rank_tiles(r)[0] * rank_tiles(r)[1]
-    for largest, tile in PROJECTION_TILES[arch][dtype.itemsize].items():
+    table = PROJECTION_TILES[arch][dtype.itemsize]
+    if M >= MANY_ROWS:
+        table = table | TALL_PROJECTION_TILES.get(arch, {}).get(dtype.itemsize, {})
+    if dropout:
+        table = table | MASKED_PROJECTION_TILES.get(arch, {}).get(dtype.itemsize, {})
+    for largest in sorted(table):
         if padded <= largest:
-            return tile
+            return table[largest]
     raise ValueError(f"r is {r}; expected at most {largest}")
 
 
@@ -138,18 +159,32 @@ def descriptor_candidates(arch: str, dtype: torch.dtype, dropout: bool) -> tuple
     return (MASKED_DESCRIPTOR_CANDIDATES if dropout else DESCRIPTOR_CANDIDATES)[dtype.itemsize]
 
 
+@functools.lru_cache(maxsize=4096)
 def column_splits(
-    row_tiles: int, n: int, tile: ProjectionTile, multiprocessors: int
+    row_tiles: int, n: int, r: int, tile: ProjectionTile, multiprocessors: int
 ) -> tuple[int, int]:
-    """How many blocks share a row tile of the projection, and how many columns each takes.
+    """How many blocks share a row tile of the projection, and how many steps each takes.
 
-    Enough to fill the device once, with at least two steps each. Depends only on the shape and
-    the device.
+    The cheapest of all, in steps of BLOCK_K columns: the blocks run in waves of as many as fit on
+    the device; a wave takes the steps of one block and `LATENCY` more; then the last block of a
+    row tile reads the fp32 partials of all, at the rate at which a step reads x and A. Depends
+    only on the shape and the device.
     """
     steps = -(-n // tile.BLOCK_K)
-    splits = max(1, min(multiprocessors // row_tiles, steps // 2))
+    resident = multiprocessors * tile.blocks_per_sm
+    partial = 2 * r * tile.BLOCK_M / (tile.BLOCK_K * (tile.BLOCK_M + r))  # fp32 beside 16 bits
+
+    if row_tiles >= resident:  # the rows alone fill the device
+        return 1, steps
+
+    def cost(splits: int) -> float:
+        waves = -(-row_tiles * splits // resident)
+        finish = LATENCY + splits * partial if splits > 1 else 0
+        return waves * (-(-steps // splits) + LATENCY) + finish
+
+    splits = min(range(1, max(1, steps // 2) + 1), key=cost)
     steps_per_split = -(-steps // splits)
-    return -(-steps // steps_per_split), steps_per_split * tile.BLOCK_K
+    return -(-steps // steps_per_split), steps_per_split
 
 
 def row_splits(M: int, tile: GradientTile) -> tuple[int, int]:
@@ -184,9 +219,18 @@ def _ampere_projection(num_stages: int, widest_warps: int):
     """
     return _by_itemsize(
         {
-            32: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=num_stages + 1),
-            64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages + 1),
-            128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages),
+            32: ProjectionTile(
+                BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=num_stages + 1, blocks_per_sm=2
+            ),
+            64: ProjectionTile(
+                BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=num_stages + 1, blocks_per_sm=2
+            ),
+            # With several rank tiles Triton lays all warps along the rows, 16 each: 8 warps would
+            # compute every product of 64 rows twice.
+            128: ProjectionTile(
+                BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=num_stages, blocks_per_sm=2
+            ),
+            160: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=num_stages),
             192: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=num_stages),
             # Seven tiles of 32: the core's operands would spill with 32 rows. 16 rows of x
             # are 16 bytes per thread for 4 warps.
@@ -210,6 +254,7 @@ def _ampere_projection(num_stages: int, widest_warps: int):
 
 _HOPPER_PROJECTION = _by_itemsize(
     {
+        32: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4, blocks_per_sm=2),
         128: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
         256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
@@ -219,6 +264,39 @@ _HOPPER_PROJECTION = _by_itemsize(
         448: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=3),
     },
 )
+# Half as many row tiles read A, which bounds the kernel on sm_90; two blocks a multiprocessor up to
+# rank 96.
+TALL_PROJECTION_TILES = {
+    "sm_90": {
+        2: {
+            32: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4, blocks_per_sm=2),
+            96: ProjectionTile(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=4, blocks_per_sm=2),
+            128: ProjectionTile(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=4),
+        }
+    }
+}
+# Where the mask's 64-bit arithmetic would spill beside the accumulators of the tiles above.
+_MASKED_AMPERE_PROJECTION = {
+    2: {
+        96: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3, blocks_per_sm=2),
+        128: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=3, blocks_per_sm=2),
+        160: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
+        448: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=2),
+        512: ProjectionTile(BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=2),
+    }
+}
+_MASKED_HOPPER_PROJECTION = {
+    2: {
+        32: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4, blocks_per_sm=2),
+        64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4, blocks_per_sm=2),
+        96: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
+        128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
+    }
+}
+MASKED_PROJECTION_TILES = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89"), _MASKED_AMPERE_PROJECTION),
+    "sm_90": _MASKED_HOPPER_PROJECTION,
+}
 _INTERPRETER_PROJECTION = {512: ProjectionTile(BLOCK_M=16, BLOCK_K=32, num_warps=4, num_stages=2)}
 PROJECTION_TILES = {
     INTERPRETER: _by_itemsize(_INTERPRETER_PROJECTION, _INTERPRETER_PROJECTION),

@@ -72,12 +72,13 @@ def test_splits_cover_every_column_and_row_once(arch):
     for dtype in (torch.bfloat16, torch.float32):
         for M in (1, 33, 512, 5000, 70000):
             for n in (1, 63, 64, 200, 4096, 14336):
-                tile = projection_tile(arch, dtype, 96)
+                tile = projection_tile(arch, dtype, 96, M, False)
                 row_tiles = -(-M // tile.BLOCK_M)
-                splits, columns = column_splits(row_tiles, n, tile, MULTIPROCESSORS[arch])
+                splits, steps = column_splits(row_tiles, n, 96, tile, MULTIPROCESSORS[arch])
+                columns = steps * tile.BLOCK_K
                 assert (splits - 1) * columns < n <= splits * columns
-                assert columns % tile.BLOCK_K == 0
-                assert splits == 1 or splits * row_tiles <= MULTIPROCESSORS[arch]
+                resident = MULTIPROCESSORS[arch] * tile.blocks_per_sm
+                assert splits == 1 or row_tiles < resident
             splits, rows = row_splits(M, gradient_tile(arch, dtype))
             assert (splits - 1) * rows < M <= splits * rows
             assert splits <= 32
