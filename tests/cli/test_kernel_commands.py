@@ -46,7 +46,7 @@ def test_explain_plans_for_an_architecture(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("backend triton: planned for sm_86\n")
     for line in (
-        "shrink: projection kernel [64×64, 8 warps, 3 stages] (rank 96 as 3 tiles of 32",
+        "shrink: projection kernel [64×64, 4 warps, 3 stages] (rank 96 as 3 tiles of 32",
         "expand: two_call (not measured on sm_86",
         "core_backward: projection kernel",
         "dR: gradient kernel",

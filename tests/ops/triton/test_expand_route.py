@@ -181,7 +181,7 @@ def test_tuning_on_the_device(tmp_path, monkeypatch):
 def test_explain_a_shape_for_an_architecture(file):
     text = str(lorasb_kernels.explain((4096, 4096, 96), tokens=8192, arch="sm_86"))
     assert "backend triton: planned for sm_86" in text
-    assert "shrink: projection kernel [64×64, 8 warps, 3 stages] (rank 96 as 3 tiles of 32" in text
+    assert "shrink: projection kernel [64×64, 4 warps, 3 stages] (rank 96 as 3 tiles of 32" in text
     assert "expand: fused [64×64×32, 4 warps, 3 stages] (measured" in text
     assert "dx: two_call (not measured" in text
     split = lorasb_kernels.explain((4096, 4096, 96), tokens=64, arch="sm_86").steps[0]
