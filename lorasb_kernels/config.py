@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, MAX_RANK
+from lorasb_kernels.utils.fields import check_fields
 
 SIGMA_SIDES = ("B", "A")
 SPECTRAL_SCALINGS = ("relative", "absolute")
@@ -112,7 +113,7 @@ class LoRASBConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        self._check_types()
+        check_fields(self)
         self._check_ranges()
 
     @property
@@ -126,31 +127,6 @@ class LoRASBConfig:
     def facts(self) -> InitFacts:
         """What `init` trains and what it needs."""
         return INITS[self.init]
-
-    def _check_types(self) -> None:
-        kinds: dict[str, type | tuple[type, ...]]
-        kinds = {"r": int, "seed": int, "init": str, "backend": str, "sigma_side": str}
-        kinds |= {"spectral_scaling": str}
-        kinds |= dict.fromkeys(
-            ("use_rslora", "share_inputs", "optimal_gradient", "orthonormalize"), bool
-        )
-        numbers = ("scaling", "dropout", "core_std", "noise_std", "gamma")
-        kinds |= dict.fromkeys(numbers, (int, float))
-        kinds |= {"lora_alpha": (int, float, type(None)), "target_modules": (str, tuple)}
-        kinds |= {"modules_to_save": tuple}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            is_number_given_as_bool = isinstance(value, bool) and kind is not bool
-            if not isinstance(value, kind) or is_number_given_as_bool:
-                expected = kind if isinstance(kind, tuple) else (kind,)
-                names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
-                raise TypeError(f"{name} is {value!r}; expected {names}")
-            if isinstance(value, int) and abs(value) >= 2**63:
-                raise ValueError(f"{name} has more than 64 bits; expected a smaller number")
-        for name in ("target_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
-                raise TypeError(f"{name} is {value!r}; expected strings in it")
 
     def _check_ranges(self) -> None:
         choices = {"init": INITS, "backend": BACKEND_CHOICES, "sigma_side": SIGMA_SIDES}

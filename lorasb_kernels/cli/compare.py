@@ -22,7 +22,8 @@ import argparse
 from pathlib import Path
 
 from lorasb_kernels.train.config import preset_names
-from lorasb_kernels.train.errors import ConfigError, shown
+from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.utils.fields import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,8 @@ from lorasb_kernels.train.config import (
     preset_names,
     resolve,
 )
-from lorasb_kernels.train.errors import ConfigError, shown
+from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.utils.fields import shown
 
 MANY = {"method", "target_modules", "report_to", "stop"}  # flags that take several values
 

@@ -5,18 +5,17 @@ import importlib.resources
 import json
 import math
 import re
-import typing
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any
 
 from lorasb_kernels.config import INITS, SIGMA_SIDES, SPECTRAL_SCALINGS, InitFacts
 from lorasb_kernels.init.estimation.options import STRATEGIES
 from lorasb_kernels.train.data import FORMATS
-from lorasb_kernels.train.errors import ConfigError, shown
+from lorasb_kernels.train.errors import ConfigError, setting_errors
 from lorasb_kernels.train.templates import TEMPLATES
+from lorasb_kernels.utils.fields import check_fields, shown
 
 TASKS = ("causal-lm", "classification")
 # rslora: lora with a scaling of α/√r; lora-pro: lora with its own optimizer.
@@ -112,8 +111,8 @@ class TrainConfig:
         for name in ("report_to", "target_modules", "stop"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, field.type)
+        with setting_errors():
+            check_fields(self)
         self._one_of("task", TASKS)
         self._one_of("method", METHODS)
         if self.optimizer is None:
@@ -203,22 +202,6 @@ class TrainConfig:
         if not 0 < self.init_share <= 1:
             raise ConfigError(f"init_share is {self.init_share}; expected 0 < init_share ≤ 1")
 
-    def _check_type(self, name: str, annotation: Any) -> None:
-        value = getattr(self, name)
-        members = (
-            typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-        )
-        kinds = tuple(typing.get_origin(member) or member for member in members)
-        accepted = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-            raise ConfigError(f"{name} is {shown(value)}; expected {expected}")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ConfigError(f"{name} has more than 64 bits; expected a smaller number")
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(value, (str, tuple)) and not _is_text(text):
-                raise ConfigError(f"{name} is {shown(value)}; expected text that can be written")
-
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ConfigError(
@@ -245,14 +228,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def _is_text(value: Any) -> bool:
-    """Whether `value` is a str that can be written to a file and used as a path."""
-    try:
-        return isinstance(value, str) and b"\0" not in value.encode()
-    except UnicodeEncodeError:
-        return False
 
 
 def fields() -> dict[str, dataclasses.Field]:

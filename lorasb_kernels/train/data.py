@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasb_kernels.train.errors import DataError, shown
+from lorasb_kernels.train.errors import DataError
 from lorasb_kernels.train.rows import NumberedRow, read_rows
+from lorasb_kernels.utils.fields import shown
 
 MAX_CLASSES = 1 << 16  # bounds the head that a class index asks for
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

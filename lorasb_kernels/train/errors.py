@@ -1,19 +1,7 @@
 """Errors in user input; the command line shows their message without a stack trace."""
 
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to print numbers of thousands of digits.
-        return repr(value) if abs(value) < 10**40 else f"<{value.bit_length()} bits>"
-
-
-_short = _Short()
-_short.maxlevel = 2
-shown = _short.repr  # shows a value in a message, shortened
 
 
 class InputError(ValueError):

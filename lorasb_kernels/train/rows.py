@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorasb_kernels.train.errors import DataError, shown
+from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.utils.fields import shown
 
 MAX_LINE = 1 << 24  # characters; bounds the memory that a file without line ends takes
 MAX_ARRAY = 1 << 30  # bytes of a JSON array, which is read as a whole

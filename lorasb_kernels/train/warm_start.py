@@ -10,7 +10,8 @@ from lorasb_kernels.io.layer_tensors import check_stored, rebuilt_factors, train
 from lorasb_kernels.io.subspace import Subspace, read_adapter
 from lorasb_kernels.io.tensors import check_tensors, saved_tensors
 from lorasb_kernels.targets import adapted_layers, find_saved_modules
-from lorasb_kernels.train.errors import ConfigError, shown
+from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.utils.fields import shown
 
 SAME = ("init", "r", "lora_alpha", "scaling", "use_rslora", "sigma_side")
 
