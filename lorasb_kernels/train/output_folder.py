@@ -148,7 +148,7 @@ def is_claimed(folder: Path, config: TrainConfig, rows: Sequence) -> bool:
     own = config.to_dict()
     before = TrainConfig(**{name: known[name] for name in own if name in known})
     changeable = CHANGEABLE
-    if config.select == "last":
+    if config.evaluate_every is None:  # epochs are compared by one metric on the same rows
         changeable = changeable | OF_EVALUATION
         if before.regression == config.regression:
             changeable = changeable | {"evaluation"}

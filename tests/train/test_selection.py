@@ -110,6 +110,13 @@ def test_unusable_settings_are_named(settings, message):
     assert message in str(error.value)
 
 
+def test_epochs_are_compared_by_one_metric(bert, whole):
+    folder, _, result = whole
+    with pytest.raises(ConfigError, match="evaluation is 'matthews', but output_dir"):
+        run(bert, folder, select="best", evaluation="matthews")
+    assert run(bert, folder, select="best")[1].epochs == result.epochs  # a finished run, again
+
+
 def test_epochs_are_evaluated_on_something(bert, tmp_path):
     config = tiny_config(bert, tmp_path, task="classification", evaluate_every="epoch")
     with pytest.raises(ConfigError, match="expected eval_data"):
