@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     found = []
     for source, rows in sets.items():
         metric = metrics[source]
-        value = evaluate_on(model, encoder, config, rows, metric, track(f"{source}: {metric}"))
+        value = evaluate_on(model, encoder, config, rows, metric, source)
         found.append({"data": source, "metric": metric, "rows": len(rows), "value": value})
     path = Path(options.folder) / "evaluation.json"
     earlier = read_json(path) if path.exists() else []

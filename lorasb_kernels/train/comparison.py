@@ -194,7 +194,7 @@ class Comparison:
             metric = self.task.metrics.get(name, config.evaluation)
             known = rows is first and metric == config.evaluation
             values[name] = (
-                result.after if known else evaluate_on(model, encoder, config, rows, metric)
+                result.after if known else evaluate_on(model, encoder, config, rows, metric, name)
             )
         cell = result.to_dict() | {"part": part, "peak_bytes": peak.bytes, "sets": values}
         cell |= {"after": statistics.mean(values.values()), "rows": sum(map(len, sets.values()))}

@@ -1,7 +1,6 @@
 """A finished run, loaded to be evaluated on any number of test sets."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +9,9 @@ from torch import nn
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import ConfigError
-from lorasb_kernels.train.evaluation import check_rows, evaluate
+from lorasb_kernels.train.evaluation import check_rows
 from lorasb_kernels.train.methods import ADAPTER_FOLDER
-from lorasb_kernels.train.run import Rows, load_model, make_encoder, read_training
+from lorasb_kernels.train.run import Rows, judged, load_model, make_encoder, read_training
 from lorasb_kernels.utils.files import read_json
 
 CHANGED_BASE = ("pissa", "lora-ga")  # peft's adapters that fit the base model they have changed
@@ -69,27 +68,12 @@ def load_trained(config: TrainConfig) -> tuple[nn.Module, Encoder]:
 
 
 def evaluate_on(
-    model: nn.Module,
-    encoder: Encoder,
-    config: TrainConfig,
-    rows: Rows,
-    metric: str,
-    progress: Callable[[Sequence], Iterator] = iter,
+    model: nn.Module, encoder: Encoder, config: TrainConfig, rows: Rows, metric: str, name: str
 ) -> float:
-    """A metric on one test set, in the precision of training.
+    """A metric of a trained model on the test set `name`.
 
     Raises:
         DataError: rows that the metric cannot judge.
     """
     check_rows(encoder, rows, metric)
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, config.dtype == "bfloat16"):
-        return evaluate(
-            model,
-            encoder,
-            rows,
-            metric,
-            batch_size=config.eval_batch_size,
-            max_new_tokens=config.max_new_tokens,
-            progress=progress,
-        )
+    return judged(model, encoder, rows, dataclasses.replace(config, evaluation=metric), name)
