@@ -39,7 +39,6 @@ def run(options: argparse.Namespace) -> int:
     from lorasb_kernels.train.summary import evaluation_table
     from lorasb_kernels.train.trained import evaluate_on, load_trained, read_config
     from lorasb_kernels.utils.files import read_json, write_json
-    from lorasb_kernels.utils.progress import track
 
     logging.disable_progress_bar()
     changes = {n: v for n in SETTINGS if (v := getattr(options, n)) is not None}

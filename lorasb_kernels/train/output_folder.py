@@ -30,7 +30,7 @@ STAGING = ".checkpoint"
 REMAINS = (STAGING, ".adapter.*", ".model.*", ".*.json.*")
 REMAINS += ("adapter/.*.json.*", "adapter/.*.safetensors.*")
 # Settings that may change between two starts of a run: nothing that is trained depends on them,
-# those of evaluation unless it selects the epoch that is kept.
+# those of evaluation unless every epoch is evaluated.
 CHANGEABLE = {"keep_checkpoints", "report_to", "max_cut_share"}
 OF_EVALUATION = {"eval_data", "eval_batch_size", "max_new_tokens", "stop", "response_prefix"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
