@@ -139,7 +139,7 @@ def _parquet(path: Path) -> list[NumberedRow]:
         raise _needs_datasets(path, error) from error
     try:
         table = pyarrow.parquet.read_table(path)
-    except OSError as error:  # also pyarrow's own errors for files of another form
+    except (OSError, ValueError) as error:  # pyarrow's, for files of another form, are ValueErrors
         raise DataError(f"data is {str(path)!r}: {error}") from error
     return list(enumerate(table.to_pylist(), 1))
 

@@ -80,9 +80,11 @@ def test_a_source_on_the_hub_names_its_split(source):
 
 @pytest.mark.slow
 def test_a_folder_of_parquet_files_is_read_as_the_hub_is(tmp_path):
-    datasets = pytest.importorskip("datasets")  # comes with trl, in `make test-full`
+    pytest.importorskip("datasets")  # comes with trl, in `make test-full`
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     rows = [{"sentence": f"film {i}", "label": i % 2, "idx": i} for i in range(6)]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     found = read_labelled(f"hub:{tmp_path}:train[1:4]")
     assert [row.text for row in found] == ["film 1", "film 2", "film 3"]
     assert read_labelled(tmp_path / "train.parquet")[1:4] == found
