@@ -29,6 +29,8 @@ def autocast_disabled(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(first: torch.Tensor, *args):
+        if not torch._C._is_any_autocast_enabled():
+            return function(first, *args)
         with autocast_off(first.device.type):
             return function(first, *args)
 
