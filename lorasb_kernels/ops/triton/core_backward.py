@@ -25,7 +25,7 @@ from lorasb_kernels.ops.triton.projection import project
 from lorasb_kernels.ops.triton.tiles import architecture, gradient_tile, rank_tiles, row_splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits", "rows_per_split"])
 def gradient_kernel(
     g_ptr,
     h_ptr,

@@ -26,7 +26,7 @@ from lorasb_kernels.ops.triton.tiles import EXPAND_BLOCK_R, ExpandTile
 from lorasb_kernels.ops.two_call import two_call
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def expand_kernel(
     x_ptr,
     weight_ptr,

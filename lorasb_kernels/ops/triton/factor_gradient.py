@@ -24,7 +24,7 @@ from lorasb_kernels.ops.triton.parts import arrives_last, keep_mask, launch_guar
 from lorasb_kernels.ops.triton.tiles import architecture, multiprocessors, rank_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits", "rows_per_split"])
 def factor_gradient_kernel(
     left_ptr,
     rows_ptr,

@@ -27,7 +27,7 @@ from lorasb_kernels.ops.triton.sign_tiles import weight_gradient_tile
 from lorasb_kernels.ops.triton.tiles import architecture
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def weight_gradient_kernel(
     acc_ptr,
     positive_ptr,
