@@ -166,10 +166,11 @@ def reentrant_checkpoint(folder, patch):
 @error
 def moved_after_packing(folder, patch):
     model = adapted()
-    PackedCores(model)
+    packed = PackedCores(model)
     for layer in adapted_layers(model).values():
         layer.lora_R.data = layer.lora_R.data.clone()
     model(**batches("llama")[0]).loss.backward()
+    assert packed.parameter.grad is not None
 
 
 @error

@@ -154,5 +154,5 @@ def test_what_cannot_be_corrected_is_named():
 
 def test_the_trainer_warns_that_adamw_does_not_notice():
     settings = {"model": "m", "data": "d", "output_dir": "o", "method": "lora-xs"}
-    with pytest.warns(UserWarning, match="AdamW, which hardly notices"):
+    with pytest.warns(UserWarning, match="AdamW trains the cores and hardly notices it"):
         TrainConfig(**settings, optimal_gradient=True)

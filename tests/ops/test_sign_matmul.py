@@ -7,7 +7,7 @@ import torch
 
 from lorasb_kernels import SignMatrix
 from lorasb_kernels.functional import sign_matmul
-from lorasb_kernels.ops import bitplanes
+from lorasb_kernels.ops import reference
 from tests.contract import assert_within_contract
 from tests.ops.conftest import ON_GPU
 from tests.ops.operands import normal, same_bits
@@ -92,16 +92,16 @@ def test_three_terms_carry_the_dense_operand(transpose, monkeypatch, device):
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_the_reference_unpacks_a_panel_at_a_time(transpose, monkeypatch):
-    monkeypatch.setattr(bitplanes, "UNPACKED_AT_ONCE", 512)
+    monkeypatch.setattr(reference, "UNPACKED_AT_ONCE", 512)
     sizes = []
-    unpack = bitplanes.unpack
+    unpack = reference.unpack
 
     def recorded(*arguments):
         dense = unpack(*arguments)
         sizes.append(dense.numel())
         return dense
 
-    monkeypatch.setattr(bitplanes, "unpack", recorded)
+    monkeypatch.setattr(reference, "unpack", recorded)
     S = signs(60, 100, torch.device("cpu"))
     S = S.T if transpose else S
     Z = normal(S.shape[1], 4, dtype=torch.float32, device=torch.device("cpu"))

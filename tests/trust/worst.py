@@ -80,13 +80,13 @@ def emulation():
     from lorasb_kernels.ops import dispatch as backend
     from tests.aot.emulator import emulated
 
-    own = backend.interpreting
-    backend.interpreting = lambda: True  # CPU tensors are accepted
+    own = backend._gpu_obstacle
+    backend._gpu_obstacle = lambda device: None  # CPU tensors are accepted
     try:
         with emulated(check_races=False, check_uninit=False, check_overlap=False):
             yield
     finally:
-        backend.interpreting = own
+        backend._gpu_obstacle = own
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ def test_explain_a_shape_for_an_architecture(file):
     assert "expand: fused [64×64×32, 4 warps, 3 stages] (measured" in text
     assert "dx: two_call (not measured" in text
     split = lorasb_kernels.explain((4096, 4096, 96), tokens=64, arch="sm_86").steps[0]
-    assert "split 32 ways" in split.reason
+    assert "split 8 ways" in split.reason
 
 
 def test_explain_a_layer_here():
