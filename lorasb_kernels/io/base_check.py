@@ -1,5 +1,7 @@
 """Recognizes the frozen weights an adapter was made for, by a few of their elements."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -20,7 +22,7 @@ def weight_probe(weight: torch.Tensor) -> torch.Tensor:
     return flat[::step][:_ELEMENTS].to(torch.bfloat16)
 
 
-def quantizations(layers: dict[str, nn.Module]) -> tuple[str, ...]:
+def quantizations(layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """How the frozen weights of `layers` are quantized, each kind once."""
     kinds = {kind for layer in layers.values() if (kind := quantization_of(layer))}
     return tuple(sorted(kinds))
@@ -42,9 +44,9 @@ def check_base(
         known = False
     elif same_quantization:
         rounding = _TOLERANCE * own.abs() + 1e-6
-        known = ((probe.float() - own).abs() <= rounding).all()
+        known = bool(((probe.float() - own).abs() <= rounding).all())
     else:
-        known = torch.cosine_similarity(probe.float(), own, dim=0) >= _LIKENESS
+        known = bool(torch.cosine_similarity(probe.float(), own, dim=0) >= _LIKENESS)
     if not known:
         raise ValueError(
             f"the weight of {name} is not the one this adapter was made for; "

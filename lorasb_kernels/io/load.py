@@ -78,8 +78,8 @@ def load_adapter(
         frozen = stored.tensors
     for name, layer in layers.items():
         tensors = frozen | trained
-        names = ("lora_A", "lora_R", "lora_B")
-        layer.set_adapter(*(tensors.get(f"{name}.{factor}") for factor in names))
+        lora_A, lora_B = (tensors[f"{name}.{factor}"] for factor in ("lora_A", "lora_B"))
+        layer.set_adapter(lora_A, tensors.get(f"{name}.lora_R"), lora_B)
     with torch.no_grad():
         for name, tensor in saved_tensors(saved).items():
             tensor.copy_(trained[name])

@@ -145,10 +145,9 @@ class _Merger:
             return lora_A, lora_B
         check_base(name, weight, self.subspace, self.base_model, self.trained_on_plain_weights)
         tensors = self.subspace | self.trained
-        factors = [tensors.get(f"{name}.{factor}") for factor in ("lora_A", "lora_B")]
-        if any(factor is None for factor in factors):
+        if not {f"{name}.lora_A", f"{name}.lora_B"} <= tensors.keys():
             raise ValueError(f"{self.directory} lacks lora_A or lora_B of {name}")
-        return tuple(factors)
+        return tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
 
 
 def _shards(source: Path) -> dict[str, list[str]]:
@@ -164,8 +163,8 @@ def _shards(source: Path) -> dict[str, list[str]]:
             f"{source} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; expected a model in "
             "safetensors files (pickled .bin files are not read)"
         )
-    with _opened(source / WEIGHTS_FILE) as file:
-        return {WEIGHTS_FILE: list(file.keys())}
+    with _opened(source / WEIGHTS_FILE) as weights:
+        return {WEIGHTS_FILE: list(weights.keys())}
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorasb_kernels.io.peft_names import CONFIG_FILE, PREFIX, TENSORS_FILE, shortest_names
 from lorasb_kernels.io.tensors import FACTOR_DTYPES
-from lorasb_kernels.targets import find_saved_modules, layers_of
+from lorasb_kernels.targets import config_of, find_saved_modules, layers_of
 from lorasb_kernels.utils.files import write_json, write_tensors
 
 _TASKS = {
@@ -63,13 +63,13 @@ def export_peft(
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite in {dtype}; nothing was written")
-    suffixes = model.lorasb_config.modules_to_save if saved_modules else ()
+    suffixes = config_of(model).modules_to_save if saved_modules else ()
     for name, module in find_saved_modules(model, suffixes).items():
         for key, tensor in module.state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     directory = Path(directory)
     write_tensors(directory / TENSORS_FILE, tensors, {"format": "pt"})
-    config = _peft_config(model, list(layers), model.lorasb_config.r, suffixes)
+    config = _peft_config(model, list(layers), config_of(model).r, suffixes)
     write_json(directory / CONFIG_FILE, config)
 
 

@@ -84,7 +84,8 @@ def import_peft(
     saved = find_saved_modules(model, config.modules_to_save)
     check_tensors(directory / TENSORS_FILE, found | others, expected | saved_tensors(saved))
     for name, layer in layers.items():
-        layer.set_adapter(**{"lora_R": None, **factors[name]})
+        parts = factors[name]
+        layer.set_adapter(parts["lora_A"], parts.get("lora_R"), parts["lora_B"])
     with torch.no_grad():
         for name, tensor in saved_tensors(saved).items():
             tensor.copy_(others[name])
@@ -95,7 +96,8 @@ def import_peft(
 
 def _split(tensors: dict) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """The factors by layer, and the tensors of modules trained whole by their names."""
-    factors, others = {}, {}
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         key = key.removeprefix(PREFIX)
         if match := _CORE.fullmatch(key):

@@ -39,7 +39,7 @@ from lorasb_kernels.io.record import CONFIG_FILE, FORMAT, Record, read_fields
 from lorasb_kernels.io.subspace import ADAPTER_FILE, SUBSPACE_FILE, Subspace
 from lorasb_kernels.io.tensors import FACTOR_DTYPES, digest_of, pack_cores, saved_tensors
 from lorasb_kernels.nn.adapted import AdaptedLinear
-from lorasb_kernels.targets import find_saved_modules, layers_of
+from lorasb_kernels.targets import config_of, find_saved_modules, layers_of
 from lorasb_kernels.utils.files import write_tensors
 
 
@@ -75,7 +75,7 @@ def save_adapter(
     """
     layers = layers_of(model)
     refuse_merged(layers, "saving")
-    saved = find_saved_modules(model, model.lorasb_config.modules_to_save)
+    saved = find_saved_modules(model, config_of(model).modules_to_save)
     tensors = _rounded(trained_factors(layers), dtype) | saved_tensors(saved)
     directory = Path(directory)
     metadata = {"format": FORMAT} | ({} if trained else {"untrained": "true"})
@@ -94,7 +94,7 @@ def save_adapter(
 
 def _write_subspace(model: nn.Module, layers: dict[str, AdaptedLinear], directory: Path) -> Record:
     """Writes the record and the subspace unless they are there; returns the record."""
-    config = model.lorasb_config
+    config = config_of(model)
     tensors = subspace_probes(layers) if config.facts.rebuilt else frozen_tensors(layers)
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
     digest = digest_of(tensors)
@@ -155,9 +155,9 @@ def _check_same_subspace(
 ) -> None:
     """Raises ValueError unless configuration, layers, A and B of the model are those stored."""
     record = stored.record
-    if model.lorasb_config != record.config or set(layers) != set(record.layers):
+    if config_of(model) != record.config or set(layers) != set(record.layers):
         raise ValueError(
-            f"the model is adapted with {model.lorasb_config} in {len(layers)} layers; expected "
+            f"the model is adapted with {config_of(model)} in {len(layers)} layers; expected "
             f"{record.config} in {len(record.layers)}, as in {stored.folder}"
         )
     if record.config.facts.rebuilt:
