@@ -257,11 +257,13 @@ _HOPPER_PROJECTION = _by_itemsize(
         32: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4, blocks_per_sm=2),
         128: ProjectionTile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
         256: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
+        384: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=3),
         512: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
     },
     {
         **_ampere_projection(num_stages=3, widest_warps=8)[4],
-        448: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=8, num_stages=3),
+        512: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=4, num_stages=2),
+        448: ProjectionTile(BLOCK_M=16, BLOCK_K=16, num_warps=4, num_stages=2),
     },
 )
 # Half as many row tiles read A, which bounds the kernel on sm_90; two blocks a multiprocessor up to
@@ -291,6 +293,7 @@ _MASKED_HOPPER_PROJECTION = {
         64: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4, blocks_per_sm=2),
         96: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
         128: ProjectionTile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=4),
+        384: ProjectionTile(BLOCK_M=32, BLOCK_K=64, num_warps=8, num_stages=3),
     }
 }
 MASKED_PROJECTION_TILES = {
