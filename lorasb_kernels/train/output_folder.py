@@ -74,7 +74,7 @@ def _acquire(folder: Path) -> TextIO:
         except FileNotFoundError:  # another process has just removed the folder that it had made
             continue
         try:
-            # The kernel lets go of it when the process dies, however it dies.
+            # The kernel releases it when the process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = _read_holder(lock)

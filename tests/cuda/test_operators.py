@@ -236,8 +236,8 @@ def test_non_finite_input_shows_where_it_belongs_and_nowhere_else(bad, simulator
     x, lora_A, lora_R = shrink_operands(20, 300, 40, FP16)
     clean, _ = run(simulator, "shrink", x, lora_A, lora_R, SCALING, 0.0, None)
     x[2, 299] = bad
-    spoilt, _ = run(simulator, "shrink", x, lora_A, lora_R, SCALING, 0.0, None)
-    for out, before in zip(spoilt, clean, strict=True):
+    non_finite, _ = run(simulator, "shrink", x, lora_A, lora_R, SCALING, 0.0, None)
+    for out, before in zip(non_finite, clean, strict=True):
         assert not out[2].isfinite().any()
         out[2] = before[2]
         assert torch.equal(out, before)

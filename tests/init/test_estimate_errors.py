@@ -116,13 +116,13 @@ class NotANumberGradient(torch.autograd.Function):
     """Identity whose gradient is NaN where the input is above a threshold."""
 
     @staticmethod
-    def forward(ctx, x, spoilt):
-        ctx.spoilt = spoilt
+    def forward(ctx, x, non_finite):
+        ctx.non_finite = non_finite
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * (float("nan") if ctx.spoilt else 1.0), None
+        return gradient * (float("nan") if ctx.non_finite else 1.0), None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
