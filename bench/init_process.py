@@ -19,9 +19,9 @@ from lorasb_kernels.init import truncated_svd
 from lorasb_kernels.profiling.memory_peak import peak_since_reset, reset_peak
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train.batching import Collator
-from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.demo import assets, headlines
 from lorasb_kernels.train.encoding import Encoder
+from lorasb_kernels.train.samples import Example
 
 QUESTION = "Is this headline sarcastic? Answer yes or no.\n{}"
 ANSWERS = ("no", "yes")

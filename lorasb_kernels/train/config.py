@@ -12,8 +12,8 @@ from typing import Any
 
 from lorasb_kernels.config import INITS, SIGMA_SIDES, SPECTRAL_SCALINGS, InitFacts
 from lorasb_kernels.init.estimation.options import STRATEGIES
-from lorasb_kernels.train.data import FORMATS
 from lorasb_kernels.train.errors import ConfigError, setting_errors
+from lorasb_kernels.train.formats import FORMATS
 from lorasb_kernels.train.templates import TEMPLATES
 from lorasb_kernels.utils.fields import check_fields, shown
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorasb_kernels.init.estimation.losses import IGNORED
-from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.train.samples import Example, Labelled
 from lorasb_kernels.train.templates import PLAIN, Template, instruction_text
 
 

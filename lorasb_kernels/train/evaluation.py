@@ -10,12 +10,12 @@ from torch import nn
 from lorasb_kernels.init.estimation.losses import IGNORED
 from lorasb_kernels.train import answers
 from lorasb_kernels.train.batching import Collator
-from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.encoding import Encoded, Encoder
 from lorasb_kernels.train.errors import DataError
 from lorasb_kernels.train.latex import equivalent
 from lorasb_kernels.train.loss import takes_logits_to_keep, token_losses
 from lorasb_kernels.train.metrics import CLASSIFICATION_METRICS
+from lorasb_kernels.train.samples import Example, Labelled
 from lorasb_kernels.utils.fields import shown
 
 Progress = Callable[[Sequence], Iterator]

@@ -14,12 +14,7 @@ from lorasb_kernels.train import changed_base
 from lorasb_kernels.train.batching import Collator, pack
 from lorasb_kernels.train.checkpoint import check
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
-from lorasb_kernels.train.data import (
-    Example,
-    Labelled,
-    read_examples,
-    read_labelled,
-)
+from lorasb_kernels.train.data import read_examples, read_labelled
 from lorasb_kernels.train.encoding import Encoded, Encoder, check_lengths
 from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError, setting_errors
 from lorasb_kernels.train.evaluation import WRITTEN, check_rows, evaluate
@@ -32,6 +27,7 @@ from lorasb_kernels.train.output_folder import (
     remove_remains,
 )
 from lorasb_kernels.train.progress import TrainingBar
+from lorasb_kernels.train.samples import Example, Labelled
 from lorasb_kernels.train.selection import EpochEvaluation, epoch_values, restore_best
 from lorasb_kernels.train.separation import check_separation
 from lorasb_kernels.train.templates import TEMPLATES

@@ -7,7 +7,7 @@ indentation that looks like an accident is in the public code.
 import textwrap
 from dataclasses import dataclass
 
-from lorasb_kernels.train.data import Example
+from lorasb_kernels.train.samples import Example
 
 STOP = ("Instruction:", "Instruction", "Response:", "Response")
 _TASK = "Below is an instruction that describes a task"

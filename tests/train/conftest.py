@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lorasb_kernels.train.config import TrainConfig
-from lorasb_kernels.train.data import Example, Labelled
+from lorasb_kernels.train.samples import Example, Labelled
 
 WORDS = "zero one two three four five six seven eight nine plus is yes no good bad film very"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

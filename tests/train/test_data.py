@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from lorasb_kernels.train.data import Example, Labelled, read_examples, read_labelled
+from lorasb_kernels.train.data import read_examples, read_labelled
 from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.train.samples import Example, Labelled
 
 
 def write(tmp_path, name, text):

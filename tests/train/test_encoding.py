@@ -3,9 +3,9 @@
 import pytest
 
 from lorasb_kernels.init.estimation.losses import IGNORED
-from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.encoding import Encoder, check_lengths
 from lorasb_kernels.train.errors import DataError
+from lorasb_kernels.train.samples import Example, Labelled
 
 CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}Response :"
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lorasb_kernels.train.data import Example, Labelled
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import DataError
 from lorasb_kernels.train.evaluation import check_rows, evaluate, generate
 from lorasb_kernels.train.metrics import accuracy, matthews, pearson
+from lorasb_kernels.train.samples import Example, Labelled
 from tests.train.conftest import reviews, sums
 
 

@@ -16,10 +16,10 @@ from lorasb_kernels import load_adapter
 from lorasb_kernels.io.subspace import UntrainedAdapterWarning
 from lorasb_kernels.io.tensors import digest_of, read_tensors
 from lorasb_kernels.train import run
-from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.errors import ConfigError, DataError
 from lorasb_kernels.train.output_folder import LOCK, locked
 from lorasb_kernels.train.run import finetune
+from lorasb_kernels.train.samples import Example
 from tests.train.conftest import sums, tiny_config
 from tests.trust.watching import tree
 

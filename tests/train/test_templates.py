@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorasb_kernels.init.estimation.losses import IGNORED
-from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.encoding import Encoder
+from lorasb_kernels.train.samples import Example
 from lorasb_kernels.train.templates import TEMPLATES
 
 TASK = (

@@ -6,9 +6,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from lorasb_kernels.train.comparison import Comparison, Contender, Task
-from lorasb_kernels.train.data import Labelled
 from lorasb_kernels.train.demo import assets, headlines
 from lorasb_kernels.train.progress import console
+from lorasb_kernels.train.samples import Labelled
 
 SEEDS = (0, 1, 2)
 VALIDATION_ROWS = 500

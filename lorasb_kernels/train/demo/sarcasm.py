@@ -14,13 +14,13 @@ from transformers.utils import logging
 
 from lorasb_kernels import merge_and_unload
 from lorasb_kernels.train.config import TrainConfig
-from lorasb_kernels.train.data import Example
 from lorasb_kernels.train.demo import assets, headlines
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import InputError
 from lorasb_kernels.train.evaluation import generate
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import Clock, Result, finetune
+from lorasb_kernels.train.samples import Example
 from lorasb_kernels.train.summary import Curve, loss_figure, minutes, standard_error
 from lorasb_kernels.utils.figures import save_png
 from lorasb_kernels.utils.files import atomic_folder
