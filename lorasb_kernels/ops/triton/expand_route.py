@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from lorasb_kernels.ops.triton.route_rule import unmeasured_route
 from lorasb_kernels.ops.triton.tiles import (
     INTERPRETER,
     ExpandTile,
@@ -121,7 +122,8 @@ def plan_route(
             reason += "; fused_descriptor needs rows at multiples of 16 bytes"
         fastest = min(measured, key=lambda name: measured[name]["microseconds"])
         return Route(fastest, ExpandTile(**measured[fastest]["tile"]), reason)
-    return Route("two_call", tile, f"not measured on {arch} for {key}: the vendor's GEMM is safe")
+    rule = unmeasured_route(arch, dtype, M, N, K, r, transposed, dropout, aligned)
+    return Route(rule.name, rule.tile, f"not measured on {arch} for {key}: {rule.reason}")
 
 
 def _tuning_files(arch: str) -> list[Path]:
