@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasb_kernels.profiling.results import Results, read_all
-from lorasb_kernels.profiling.timing import median
 from lorasb_kernels.utils.tables import markdown_table
+from lorasb_kernels.utils.timing import median
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 
 from bench.contenders import CONTENDERS
 from bench.recording import Measurement
-from lorasb_kernels.profiling.timing import captured, interleave, peak_bytes
 from lorasb_kernels.profiling.workload import Build, Run, Workload
+from lorasb_kernels.utils.timing import captured, interleave, peak_bytes
 
 PASSES = ("forward", "backward", "both", "graph")  # graph: both, in a CUDA graph
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from lorasb_kernels.profiling.costs import Cost, total
 from lorasb_kernels.profiling.results import COLUMNS, FORMAT, Environment, Row, read
 from lorasb_kernels.profiling.roofline import Ceilings
-from lorasb_kernels.profiling.timing import quantiles
 from lorasb_kernels.utils.files import write_text
+from lorasb_kernels.utils.timing import quantiles
 
 
 @dataclass(frozen=True)

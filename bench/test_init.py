@@ -14,8 +14,8 @@ from bench.models import random_model
 from bench.recording import Case, Measurement
 from lorasb_kernels import SignMatrix
 from lorasb_kernels.init import truncated_svd
-from lorasb_kernels.profiling.timing import interleave, peak_bytes
 from lorasb_kernels.targets import find_targets
+from lorasb_kernels.utils.timing import interleave, peak_bytes
 
 WHOLE_MODEL = ("plain", "plain, targets only", "published", "resident", "layerwise")
 ETA = 1e-4

@@ -5,7 +5,7 @@ import torch
 
 from bench.kernel_cases import DTYPE, KernelCase, cases, implementations, why_not
 from bench.recording import Case, Measurement
-from lorasb_kernels.profiling.timing import copies_past_cache, interleave, peak_bytes
+from lorasb_kernels.utils.timing import copies_past_cache, interleave, peak_bytes
 
 
 def pytest_generate_tests(metafunc):

@@ -13,7 +13,7 @@ from bench.recording import Case, Measurement
 from lorasb_kernels import LoRASBConfig, adapt
 from lorasb_kernels.optim.packed_cores import PackedCores
 from lorasb_kernels.profiling.costs import Cost
-from lorasb_kernels.profiling.timing import interleave, peak_bytes
+from lorasb_kernels.utils.timing import interleave, peak_bytes
 
 # Reads R, its gradient and both moments and writes all except the gradient; reads and writes the
 # gradient once more to clip it; writes it to clear it. All fp32. Some 20 flops per element.

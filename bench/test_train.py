@@ -9,7 +9,7 @@ import torch
 from bench.models import METHODS, Method, blocks_that_fit, random_model, twin
 from bench.recording import Case, Measurement
 from lorasb_kernels.profiling.shapes import PRESETS
-from lorasb_kernels.profiling.timing import interleave, median, peak_bytes
+from lorasb_kernels.utils.timing import interleave, median, peak_bytes
 
 DTYPE = torch.bfloat16
 

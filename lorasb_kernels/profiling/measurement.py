@@ -8,10 +8,10 @@ import torch
 
 from lorasb_kernels.profiling.prediction import Kind, memory_table
 from lorasb_kernels.profiling.roofline import measure_ceilings
-from lorasb_kernels.profiling.timing import interleave, median, peak_bytes
 from lorasb_kernels.profiling.workload import Run, Workload, adapted_layers, frozen_layer
 from lorasb_kernels.utils.files import replacing
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
+from lorasb_kernels.utils.timing import interleave, median, peak_bytes
 
 
 def measure(

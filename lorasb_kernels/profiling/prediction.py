@@ -15,8 +15,8 @@ from lorasb_kernels.profiling.gpus import Gpu, find_gpu
 from lorasb_kernels.profiling.results import Results, Row
 from lorasb_kernels.profiling.roofline import Ceilings, datasheet_ceilings
 from lorasb_kernels.profiling.shapes import PRESETS, TINY, Layer
-from lorasb_kernels.profiling.timing import median
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
+from lorasb_kernels.utils.timing import median
 
 # The launches that bound a contender of the results.
 MEASURED_AS = {"frozen": "frozen", "published": "published", "lorasb triton": "two_call"}

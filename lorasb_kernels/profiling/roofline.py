@@ -11,7 +11,7 @@ import torch
 
 from lorasb_kernels.profiling.costs import Cost
 from lorasb_kernels.profiling.gpus import Gpu
-from lorasb_kernels.profiling.timing import interleave, median
+from lorasb_kernels.utils.timing import interleave, median
 
 
 @dataclass(frozen=True)

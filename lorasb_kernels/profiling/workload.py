@@ -15,7 +15,7 @@ from lorasb_kernels.nn.linear import LoRASBLinear
 from lorasb_kernels.nn.shared_input import SharedInput
 from lorasb_kernels.profiling.costs import WAYS, Cost
 from lorasb_kernels.profiling.shapes import Layer
-from lorasb_kernels.profiling.timing import copies_past_cache
+from lorasb_kernels.utils.timing import copies_past_cache
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def cache_folder() -> Path:
+    """`$LORASB_CACHE`, else `lorasb` under `$XDG_CACHE_HOME`, else `~/.cache/lorasb`."""
+    if "LORASB_CACHE" in os.environ:
+        return Path(os.environ["LORASB_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorasb"
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it becomes `path`.
@@ -129,6 +136,7 @@ def _sort_metadata(path: Path) -> None:
 
 __all__ = [
     "atomic_folder",
+    "cache_folder",
     "read_json",
     "replacing",
     "write_json",

@@ -10,7 +10,7 @@ from lorasb_kernels.train import comparison
 from lorasb_kernels.train.demo import assets, compare, headlines, sarcasm
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import AssetError, InputError
-from lorasb_kernels.utils.files import atomic_folder
+from lorasb_kernels.utils.files import atomic_folder, cache_folder
 
 
 def rows(pairs):
@@ -72,10 +72,10 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch):
 
 def test_the_cache_can_be_moved(tmp_path, monkeypatch):
     monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
-    assert assets.default_cache() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("LORASB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert assets.default_cache() == tmp_path / "lorasb"
+    assert cache_folder() == tmp_path / "lorasb"
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -160,7 +160,7 @@ def test_the_comparison_keeps_its_cells(bert, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(
-    not (assets.default_cache() / "smollm2-135m-instruct").exists(),
+    not (cache_folder() / "smollm2-135m-instruct").exists(),
     reason="`lorasb demo` has not fetched the real model and headlines",
 )
 def test_the_real_model_and_headlines():

