@@ -12,7 +12,7 @@ from pathlib import Path
 from lorasb_kernels.train.errors import DataError
 from lorasb_kernels.train.formats import EXAMPLE_FORMATS, LABELLED_FORMATS, Format, Row
 from lorasb_kernels.train.rows import NumberedRow, read_rows
-from lorasb_kernels.train.samples import Example, Labelled
+from lorasb_kernels.train.samples import Conversation, Example, Labelled
 from lorasb_kernels.utils.fields import shown
 
 MAX_CLASSES = 1 << 16  # bounds the head that a class index asks for
@@ -54,8 +54,8 @@ def metric_of(source: str | Path) -> str | None:
 
 def read_examples(
     source: str | Path, data_format: str | None = None, limit: int | None = None
-) -> list[Example]:
-    """Instructions and responses.
+) -> list[Example | Conversation]:
+    """Instructions with responses, conversations and plain texts.
 
     Args:
         source: as for `read_rows`.

@@ -1,12 +1,13 @@
 """From samples to token ids and labels, and the count of what does not fit."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from lorasb_kernels.init.estimation.losses import IGNORED
+from lorasb_kernels.train.conversation import Chat, Tokens
 from lorasb_kernels.train.errors import DataError
-from lorasb_kernels.train.samples import Example, Labelled
-from lorasb_kernels.train.templates import PLAIN, Template, instruction_text
+from lorasb_kernels.train.samples import Conversation, Example, Labelled
+from lorasb_kernels.train.templates import PLAIN, Prompt, Template, instruction_text
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Encoded:
     positions: list[int] = field(default_factory=list)  # packed samples only: restart at 0
     segments: list[int] = field(default_factory=list)  # 0 and 1 for the texts of a pair
     cut: bool = False  # whether it lost its end to `max_length`
+    continued: bool = False  # whether it goes on with the row of the sample before
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,19 @@ class Encoder:
             return self.template.stop
         return () if self.tokenizer.chat_template else PLAIN.stop
 
-    def prompt(self, example: Example) -> list[int]:
+    def prompt(self, example: Example | Conversation) -> list[int]:
         """Token ids that ask for the response in training."""
         if self.template is None:
-            return self._tokens(self._own_prompt(example), special=False)
-        return self._tokens(self.template.training.fill(example))
+            return self._asked(example, "")
+        return self._tokens(self._of_template(example, self.template.training))
 
-    def question(self, example: Example) -> list[int]:
+    def question(self, example: Example | Conversation) -> list[int]:
         """Token ids that ask for the response in an evaluation."""
         prefix = self.response_prefix
         if self.template is None:
-            return self._tokens(self._own_prompt(example) + (prefix or ""), special=False)
+            return self._asked(example, prefix or "")
         prefix = self.template.response_prefix if prefix is None else prefix
-        return self._tokens(self.template.judging.fill(example) + prefix)
+        return self._tokens(self._of_template(example, self.template.judging) + prefix)
 
     def sequence(self, example: Example, response: str) -> list[int]:
         """Token ids of prompt, response and end of the turn.
@@ -78,24 +80,43 @@ class Encoder:
         if self.template is None:
             ids = self.prompt(example) + self._tokens(response, special=False)
         else:
-            start = self.template.training.fill(example) + self.template.response_start
-            ids = self._tokens(start + response)
+            start = self._of_template(example, self.template.training)
+            ids = self._tokens(start + self.template.response_start + response)
         return [*ids, self.tokenizer.eos_token_id]
 
-    def examples(self, examples: Iterable[Example]) -> list[Encoded]:
-        """Prompt and response as one sequence, with labels on the response only.
+    def examples(self, examples: Iterable[Example | Conversation]) -> list[Encoded]:
+        """Samples with labels on the response, or on what the assistant says.
 
         A sequence longer than `max_length` tokens loses its end, and so its end of the turn; one
-        whose prompt leaves no room for a response is left out. `check_lengths` counts both.
+        whose prompt leaves no room for a response is left out. `check_lengths` counts both. A
+        plain text is split instead.
+
+        Raises:
+            DataError: a conversation that cannot be rendered; examples are counted from 1.
         """
         encoded = []
-        for example in examples:
-            prompt, ids = self.prompt(example), self.sequence(example, example.response)
-            kept = ids[: self.max_length]
-            if len(prompt) < len(kept):
-                labels = [IGNORED] * len(prompt) + kept[len(prompt) :]
-                encoded.append(Encoded(kept, labels, cut=len(kept) < len(ids)))
+        for number, example in enumerate(examples, 1):
+            try:
+                samples = self._samples(example)
+            except DataError as error:
+                raise DataError(f"row {number}: {error}") from error
+            found = [part for ids, labels in samples for part in self._fitted(ids, labels, example)]
+            encoded += [replace(part, continued=i > 0) for i, part in enumerate(found)]
         return encoded
+
+    def _samples(self, example: Example | Conversation) -> list[Tokens]:
+        if isinstance(example, Conversation) and self.template is None:
+            return self._chat.samples(example)
+        ids, prompt = self.sequence(example, example.response), len(self.prompt(example))
+        return [(ids, [IGNORED] * prompt + ids[prompt:])]
+
+    def _fitted(self, ids: list[int], labels: list[int], example) -> Iterator[Encoded]:
+        """The parts of `max_length` tokens of a plain text, else the first, if they are learned."""
+        splits = isinstance(example, Example) and example.is_text
+        for start in range(0, len(ids) if splits else 1, self.max_length):
+            part = slice(start, start + self.max_length)
+            if any(label != IGNORED for label in labels[part]):
+                yield Encoded(ids[part], labels[part], cut=not splits and part.stop < len(ids))
 
     def labelled(self, rows: Iterable[Labelled]) -> list[Encoded]:
         """Texts, or pairs of texts, cut to `max_length` tokens, each with its label."""
@@ -111,17 +132,25 @@ class Encoder:
             encoded.append(Encoded(text["input_ids"], row.label, segments=segments, cut=cut))
         return encoded
 
-    def _own_prompt(self, example: Example) -> str:
-        """The chat template's prompt, or a plain one."""
-        if self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": instruction_text(example)}]
-            if self.system_prompt is not None:
-                messages.insert(0, {"role": "system", "content": self.system_prompt})
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+    def _asked(self, example: Example | Conversation, prefix: str) -> list[int]:
+        """A prompt as it stands, or by the chat template."""
+        if isinstance(example, Example):
+            if example.verbatim:
+                return self._tokens(example.instruction + prefix)
+            user = {"role": "user", "content": instruction_text(example)}
+            example = Conversation((user, {"role": "assistant", "content": ""}))
+        return self._tokens(self._chat.question(example) + prefix, special=False)
+
+    def _of_template(self, example: Example | Conversation, prompt: Prompt) -> str:
+        if isinstance(example, Conversation) or example.verbatim:
+            raise DataError(
+                "a template is named, which fills in an instruction; expected rows with one"
             )
-        start = f"{self.system_prompt}\n\n" if self.system_prompt else ""
-        return (self.tokenizer.bos_token or "") + start + PLAIN.training.fill(example)
+        return prompt.fill(example)
+
+    @property
+    def _chat(self) -> Chat:
+        return Chat(self.tokenizer, self.system_prompt)
 
     def _tokens(self, text: str, special: bool = True) -> list[int]:
         """Token ids, with the special tokens at the start that the tokenizer adds."""
@@ -145,7 +174,8 @@ def check_lengths(
     Raises:
         DataError: a larger share was.
     """
-    dropped, cut = len(rows) - len(samples), sum(sample.cut for sample in samples)
+    dropped = len(rows) - sum(not sample.continued for sample in samples)
+    cut = sum(sample.cut for sample in samples)
     if not dropped + cut:
         return None
     message = (

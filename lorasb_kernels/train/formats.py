@@ -1,5 +1,6 @@
 """The forms of rows: those of the papers as they are distributed, those of chats, and our own."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_kernels.train.errors import DataError
-from lorasb_kernels.train.samples import Example
+from lorasb_kernels.train.samples import Conversation, Example
 from lorasb_kernels.utils.fields import shown
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -46,6 +47,33 @@ class Row:
             raise self.error(f"choices is {shown(choices)}; expected a list of texts")
         return tuple(map(str, choices))
 
+    def messages(self, name: str) -> tuple[dict[str, Any], ...]:
+        """A list of messages of a chat."""
+        value = self.fields.get(name)
+        for place, message in enumerate(self._objects(name, value), 1):
+            role, content = message.get("role"), message.get("content")
+            if not isinstance(role, str):
+                raise self.error(f"{name} {place} has role {shown(role)}; expected a text")
+            texts = isinstance(content, str) and _is_unicode(content)
+            if not (texts or isinstance(content, list) or message.get("tool_calls")):
+                raise self.error(f"{name} {place} has content {shown(content)}; expected a text")
+        return tuple(value)
+
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """A list of functions, or its JSON; empty where the row has none."""
+        value = self.fields.get("tools") or []
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise self.error(f"tools is {shown(value)}; expected JSON") from error
+        return tuple(self._objects("tools", value))
+
+    def _objects(self, name: str, value: Any) -> list[dict[str, Any]]:
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.error(f"{name} is {shown(value)}; expected a list of objects")
+        return value
+
     def number(self, name: str) -> float:
         """A number, or a text that is one in ASCII digits; NaN for anything else."""
         value = self.fields.get(name)
@@ -75,8 +103,8 @@ class Format:
     Args:
         name: for `data_format`.
         fields: what every row has.
-        convert: an `Example` or None (to leave the row out); or (text, second text) for a row
-            with a label.
+        convert: an `Example`, a `Conversation` or None (to leave the row out); or (text, second
+            text) for a row with a label.
         by_name_only: never recognised, only asked for.
         metric: how its papers judge by such rows; None: nothing is said.
     """
@@ -122,6 +150,42 @@ def _metamath_gsm(row: Row) -> Example | None:
     return Example(row.text("query"), row.text("response").split("\nThe answer is:")[0])
 
 
+def _messages(row: Row) -> Conversation:
+    return _conversation(row, row.messages("messages"))
+
+
+def _conversation(row: Row, messages: tuple[dict[str, Any], ...], given: int = 0) -> Conversation:
+    conversation = Conversation(messages, row.tools(), given)
+    if not conversation.learned:
+        roles = [message["role"] for message in messages[given:]]
+        raise row.error(f"roles are {shown(roles)}; expected 'assistant' among them")
+    return conversation
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; others are chat templates'
+
+
+def _sharegpt(row: Row) -> Conversation:
+    turns = row.fields.get("conversations")
+    if isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns):
+        named = [(SPEAKERS.get(str(t["from"]), t["from"]), t.get("value")) for t in turns]
+        turns = [{"role": role, "content": content} for role, content in named]
+    row.fields["conversations"] = turns
+    return _conversation(row, row.messages("conversations"))
+
+
+def _completion(row: Row) -> Example | Conversation:
+    """Texts as they stand, or messages of which only the completion's are learned."""
+    if isinstance(row.fields.get("prompt"), str):
+        return Example(row.text("prompt"), row.text("completion"), verbatim=True)
+    prompt = row.messages("prompt")
+    return _conversation(row, prompt + row.messages("completion"), len(prompt))
+
+
+def _plain_text(row: Row) -> Example:
+    return Example("", row.text("text"), verbatim=True)
+
+
 def _pair(instruction: str, response: str) -> Callable[[Row], Example]:
     return lambda row: Example(row.text(instruction), row.text(response))
 
@@ -132,12 +196,16 @@ def _texts(first: str, second: str | None = None) -> Callable[[Row], tuple[str, 
 
 EXAMPLE_FORMATS = (
     Format("instruction", ("instruction", "response"), _own),
+    Format("messages", ("messages",), _messages),
+    Format("sharegpt", ("conversations",), _sharegpt),
+    Format("prompt-completion", ("prompt", "completion"), _completion),
     Format("metamath", ("query", "response"), _pair("query", "response")),
     Format("metamath-gsm", ("query", "response", "type"), _metamath_gsm, by_name_only=True),
     Format("gsm8k", ("question", "answer"), _pair("question", "answer"), metric="numeric"),
     Format("math", ("problem", "solution"), _pair("problem", "solution"), metric="math"),
     Format("commonsense", ("instruction", "output", "answer"), _commonsense, metric="answer"),
     Format("alpaca", ("instruction", "output"), _alpaca, metric="math"),
+    Format("plain-text", ("text",), _plain_text),
 )
 LABELLED_FORMATS = (
     Format(

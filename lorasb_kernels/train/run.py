@@ -26,8 +26,9 @@ from lorasb_kernels.train.output_folder import (
     locked,
     remove_remains,
 )
-from lorasb_kernels.train.progress import TrainingBar
-from lorasb_kernels.train.samples import Example, Labelled
+from lorasb_kernels.train.preview import preview
+from lorasb_kernels.train.progress import TrainingBar, console
+from lorasb_kernels.train.samples import Conversation, Example, Labelled
 from lorasb_kernels.train.selection import EpochEvaluation, epoch_values, restore_best
 from lorasb_kernels.train.separation import check_separation
 from lorasb_kernels.train.templates import TEMPLATES
@@ -39,7 +40,7 @@ from lorasb_kernels.train.trainer import (
 from lorasb_kernels.utils.files import atomic_folder, write_json
 from lorasb_kernels.utils.progress import track
 
-Rows = Sequence[Example] | Sequence[Labelled]
+Rows = Sequence[Example | Conversation] | Sequence[Labelled]
 
 
 @dataclass
@@ -189,6 +190,8 @@ def finetune(
             if not samples:
                 fits = f"max_length = {config.max_length} tokens"
                 raise DataError(f"no training row fits into {fits}")
+            if is_main_process():
+                console.print(preview(tokenizer, samples[0], train_rows[0]))
             check_rows(encoder, eval_rows, config.evaluation)
             if eval_rows and config.evaluation not in (*WRITTEN, "choice"):
                 encode(encoder, config, eval_rows, "evaluation")
