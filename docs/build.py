@@ -1,8 +1,11 @@
-"""`make docs`: writes docs/api.md, and the whole reference as HTML into out/docs (pdoc)."""
+"""`make docs`: writes docs/api.md, docs/settings.md and, into out/docs, the reference as HTML."""
 
 import importlib
 import inspect
 from pathlib import Path
+
+from lorasb_kernels.cli.train import describe
+from lorasb_kernels.train.config import fields
 
 MODULES = (
     "lorasb_kernels",
@@ -42,6 +45,28 @@ def page() -> str:
     return "\n".join(parts)
 
 
+SETTINGS_HEAD = """# Settings
+
+Every field of `TrainConfig` is a key of the settings file and a flag of `lorasb train`
+(`--learning-rate` for `learning_rate`); `lorasb config --preset NAME` writes a commented file.
+`make docs` writes this page.
+"""
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    sections: dict[str, list[str]] = {}
+    for name, field in fields().items():
+        rows = sections.setdefault(field.metadata["section"], [])
+        rows.append(f"| `{name}` | {describe(field).replace('|', chr(92) + '|')} |")
+    parts = [SETTINGS_HEAD]
+    for section, rows in sections.items():
+        parts.append(
+            "\n".join([f"## {section}", "", "| setting | what it is |", "|---|---|", *rows, ""])
+        )
+    return "\n".join(parts)
+
+
 def build_reference(folder: Path) -> None:
     """One HTML page per module."""
     import pdoc
@@ -52,4 +77,5 @@ def build_reference(folder: Path) -> None:
 
 if __name__ == "__main__":
     Path(__file__).with_name("api.md").write_text(page(), encoding="utf-8")
+    Path(__file__).with_name("settings.md").write_text(settings_page(), encoding="utf-8")
     build_reference(Path("out/docs"))

@@ -13,12 +13,12 @@ import argparse
 
 from transformers.utils import logging
 
-from lorasb_kernels.train.config import resolve
 from lorasb_kernels.train.demo import assets
 from lorasb_kernels.train.evaluation import generate
 from lorasb_kernels.train.progress import console
 from lorasb_kernels.train.run import finetune
 from lorasb_kernels.train.samples import Example
+from lorasb_kernels.train.settings_file import resolve
 from lorasb_kernels.train.summary import runs_table
 
 HELD_OUT_TEMPLATES = set(range(0, 100, 6))  # every sixth

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import InitVar, dataclass
 
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, MAX_RANK
 from lorasb_kernels.utils.fields import check_fields
@@ -83,6 +84,7 @@ class LoRASBConfig:
         spectral_scaling: the factor that `"lora-one"` puts on each of A and B from the singular
             values S: `"relative"`, √(S/S₁)/√γ, or `"absolute"`, √γ·√S.
         seed: seed of every random draw of the initialization.
+        lora_dropout: peft's name of `dropout`.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -107,14 +109,23 @@ class LoRASBConfig:
     gamma: float = 128.0
     spectral_scaling: str = "relative"
     seed: int = 0
+    lora_dropout: InitVar[float | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self, lora_dropout):
+        if lora_dropout is not None:
+            object.__setattr__(self, "dropout", lora_dropout)
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         check_fields(self)
         self._check_ranges()
+        if self.init == "lora-sb" and self.lora_alpha is not None and self.s != 1:
+            warnings.warn(
+                f"lora_alpha is {self.lora_alpha:g}, so the scaling of lora-sb is {self.s:g}; its "
+                "paper trains with 1, as without lora_alpha",
+                stacklevel=3,
+            )
 
     @property
     def s(self) -> float:

@@ -1,6 +1,7 @@
 """`LoRASBConfig`: validated when built, JSON round trip."""
 
 import json
+import warnings
 
 import pytest
 
@@ -53,3 +54,18 @@ def test_unknown_and_missing_fields_are_refused():
         LoRASBConfig.from_dict({})
     with pytest.raises(TypeError, match="fields is a list"):
         LoRASBConfig.from_dict([8])
+
+
+def test_a_scaling_that_lora_sb_is_not_trained_with_is_named():
+    with pytest.warns(UserWarning, match="lora_alpha is 16, so the scaling of lora-sb is 2; its"):
+        LoRASBConfig(r=8, lora_alpha=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoRASBConfig(r=8, lora_alpha=8)
+        LoRASBConfig(r=8, lora_alpha=16, init="lora-xs")
+
+
+def test_the_dropout_of_peft_is_understood():
+    config = LoRASBConfig(r=8, lora_dropout=0.25)
+    assert config == LoRASBConfig(r=8, dropout=0.25)
+    assert LoRASBConfig.from_dict(config.to_dict()) == config

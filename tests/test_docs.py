@@ -43,6 +43,11 @@ def test_the_api_page_is_up_to_date():
     assert written == BUILD["page"](), "docs/api.md is out of date; `make docs` writes it"
 
 
+def test_the_settings_page_is_up_to_date():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert page == BUILD["settings_page"](), "run `make docs`"
+
+
 def test_every_line_of_the_ecosystem_page_names_a_test_that_exists():
     page = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8")
     rows = [row for row in page.partition("|---|")[2].splitlines() if row.startswith("| ")]

@@ -21,8 +21,8 @@ learning rates. The score of a run is its average over the test sets.
 import argparse
 from pathlib import Path
 
-from lorasb_kernels.train.config import preset_names
 from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.settings_file import preset_names
 from lorasb_kernels.utils.fields import shown
 
 
@@ -79,9 +79,9 @@ def own_task(options: argparse.Namespace):
         ConfigError: a flag is missing, or a contender cannot be used.
     """
     from lorasb_kernels.train.comparison import Task
-    from lorasb_kernels.train.config import load_file, load_preset, resolve
     from lorasb_kernels.train.data import metric_of
     from lorasb_kernels.train.run import read_held_out, read_training
+    from lorasb_kernels.train.settings_file import load_file, load_preset, resolve
 
     settings = load_file(options.config, also=("contenders",))
     entries = settings.pop("contenders", None) or ()
@@ -121,7 +121,7 @@ def listed_contender(entry: object, learning_rate: float | None = None):
         ConfigError: no mapping, unknown keys, no method, rank or learning rate.
     """
     from lorasb_kernels.train.comparison import Contender
-    from lorasb_kernels.train.config import check_keys
+    from lorasb_kernels.train.settings_file import check_keys
 
     if not isinstance(entry, dict):
         raise ConfigError(f"contenders hold {shown(entry)}; expected mappings of settings")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from lorasb_kernels.cli import train
 from lorasb_kernels.config import INITS
-from lorasb_kernels.train.config import TrainConfig, load_file, resolve
+from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.settings_file import load_file, resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "fine-tune SmolLM2-135M on headlines, in minutes on a CPU",
     "compare": "train several methods on one task and tabulate the results",
     "demo-compare": "compare methods on a small encoder, over seeds and learning rates",
+    "config": "write a commented settings file, with a preset filled in",
     "describe": "show what an adapter costs, before or after training",
     "explain": "show which backend, route and tiles a layer would run with",
     "tune": "measure the routes of the frozen product on this GPU and save them",

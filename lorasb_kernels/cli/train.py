@@ -9,20 +9,14 @@ An interrupted run resumes from its newest checkpoint when it is started again.
 """
 
 import argparse
-import types
+import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
 
-from lorasb_kernels.train.config import (
-    METHODS,
-    TrainConfig,
-    fields,
-    load_file,
-    preset_names,
-    resolve,
-)
+from lorasb_kernels.train.config import METHODS, TrainConfig, fields
 from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.settings_file import load_file, preset_names, resolve
 from lorasb_kernels.utils.fields import shown
 
 MANY = {"method", "target_modules", "report_to", "stop"}  # flags that take several values
@@ -30,26 +24,39 @@ MANY = {"method", "target_modules", "report_to", "stop"}  # flags that take seve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per setting, and the file and preset that they override."""
-    parser.add_argument("--config", help="YAML or JSON file of settings")
-    parser.add_argument("--preset", choices=preset_names(), help="the papers' hyperparameters")
+    parser.usage = f"{parser.prog} [--config FILE] [--preset NAME] [settings …]"
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings")
+    presets = f"the papers' hyperparameters: {', '.join(preset_names())}"
+    parser.add_argument("--preset", metavar="NAME", help=presets)
+    sections: dict[str, argparse._ArgumentGroup] = {}
     for name, field in fields().items():
-        flag = f"--{name.replace('_', '-')}"
-        shown = isinstance(field.default, (int, float, str))
-        help_text = f"default {field.default}" if shown else None
-        if field.type is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
-            )
-            continue
-        many = {"nargs": "+"} if name in MANY else {}
-        choices = {"choices": METHODS} if name == "method" else {}
-        parser.add_argument(flag, type=_kind(field.type), help=help_text, **many, **choices)
+        title = field.metadata["section"]
+        if title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        kinds = set(typing.get_args(field.type)) or {field.type}
+        if bool in kinds:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"type": next((kind for kind in (int, float) if kind in kinds), str)}
+            options |= {"nargs": "+"} if name in MANY else {}
+            options |= {"metavar": "X", "choices": field.metadata["choices"] or None}
+        sections[title].add_argument(
+            f"--{name.replace('_', '-')}",
+            default=None,
+            help=describe(field).replace("%", "%%"),
+            **options,
+        )
 
 
-def _kind(annotation: Any) -> type:
-    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
-    kinds = [member for member in (members or (annotation,)) if member in (int, float, str)]
-    return kinds[0] if kinds else str
+def describe(field: dataclasses.Field) -> str:
+    """A setting in words: what it is, which values it takes, its default."""
+    about = field.metadata
+    parts = [about["description"]]
+    if about["choices"]:
+        parts.append("one of " + ", ".join(about["choices"]))
+    if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool):
+        parts.append(f"default {field.default}")
+    return "; ".join(parts)
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:

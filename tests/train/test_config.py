@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
-from lorasb_kernels.train.config import TrainConfig, load_file, resolve
+from lorasb_kernels.cli.config import NEEDED as EXAMPLE
+from lorasb_kernels.cli.config import settings_text
+from lorasb_kernels.train.config import TrainConfig, fields
 from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.settings_file import load_file, load_preset, preset_names, resolve
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "o"}
 
@@ -41,7 +45,8 @@ def test_files_are_read_with_plain_exponents(tmp_path, suffix):
         ({"init_memory_budget": 0}, "init_memory_budget is 0; expected a positive number"),
         ({"target_modules": 3}, "target_modules is 3; expected str or tuple"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"learning_rte": 1}, "unknown learning_rte; expected some of accumulation"),
+        ({"learning_rte": 1}, "unknown learning_rte (learning_rate?); expected some of accumul"),
+        ({"lora_dropout": 0.1}, "unknown lora_dropout (dropout?)"),
         ({"preset": "math"}, "preset is 'math'; expected one of arithmetic"),
         ({"data_format": "tsv"}, "data_format is 'tsv'; expected one of instruction"),
         ({"template": "chat"}, "template is 'chat'; expected one of alpaca"),
@@ -74,3 +79,34 @@ def test_unusable_files_are_named(tmp_path, text):
 def test_settings_survive_json():
     config = TrainConfig(**NEEDED, target_modules=("q_proj", "v_proj"))
     assert resolve(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("preset", [None, *preset_names()])
+def test_a_written_settings_file_is_the_preset(tmp_path, preset):
+    given = load_preset(preset) if preset else {}
+    path = tmp_path / "run.yaml"
+    path.write_text(settings_text(given))
+    assert load_file(path) == EXAMPLE | given
+
+
+def test_what_a_written_settings_file_leaves_out_is_the_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = settings_text({}).splitlines()
+    all_set = [
+        line.removeprefix("# ") for line in lines if line.split(":")[0].lstrip("# ") in fields()
+    ]
+    path.write_text("\n".join(all_set))
+    assert resolve(load_file(path)) == resolve(EXAMPLE)
+    assert len(all_set) == len(fields())
+
+
+def test_every_setting_is_described():
+    for name, field in fields().items():
+        description = field.metadata["description"]
+        assert len(description.split()) >= 2, name
+        assert not description.endswith("."), name
+
+
+def test_the_dtype_is_one_the_device_has():
+    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    assert TrainConfig(**NEEDED).dtype == ("bfloat16" if bfloat16 else "float32")

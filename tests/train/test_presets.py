@@ -5,7 +5,8 @@ import torch
 
 from bench.models import random_model
 from lorasb_kernels.targets import find_targets
-from lorasb_kernels.train.config import LLAMA_TARGETS, load_preset, preset_names, resolve
+from lorasb_kernels.train.config import LLAMA_TARGETS
+from lorasb_kernels.train.settings_file import load_preset, preset_names, resolve
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output_dir": "o"}
 META = torch.device("meta")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lorasb_kernels.train.config import resolve
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.methods import prepare
+from lorasb_kernels.train.settings_file import resolve
 from lorasb_kernels.train.trainer import AdapterTrainer, initial_step, training_arguments
 from tests.train.conftest import reviews, tiny_config
 

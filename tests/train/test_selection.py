@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lorasb_kernels import load_adapter
-from lorasb_kernels.train.config import resolve
 from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.run import finetune
 from lorasb_kernels.train.samples import Labelled
 from lorasb_kernels.train.selection import best_epoch
+from lorasb_kernels.train.settings_file import resolve
 from tests.train.conftest import reviews, tiny_config
 
 EPOCHS = 4

@@ -119,7 +119,7 @@ def test_the_source_distribution_holds_what_builds_it(built):
 def test_the_wheel_works_by_itself(built):
     _, _, wheel = built
     code = (
-        "import lorasb_kernels, torch; from lorasb_kernels.train.config import load_preset;"
+        "import lorasb_kernels, torch; from lorasb_kernels.train.settings_file import load_preset;"
         "from lorasb_kernels.functional import lorasb_linear as f; eye = torch.eye(4);"
         "print(lorasb_kernels.__file__, load_preset('arithmetic')['r'],"
         " f(eye, eye, eye, eye, eye).trace())"
