@@ -10,6 +10,7 @@ from lorasb_kernels.train.errors import InputError
 COMMANDS = {
     "train": "fine-tune a model with LoRA-SB, LoRA variants, peft's adapters or in full",
     "evaluate": "evaluate a trained run on any number of test sets",
+    "chat": "talk to a trained run, or to a model with an adapter",
     "init": "initialize the adapters of a run, or predict what that takes",
     "demo": "fine-tune SmolLM2-135M on headlines, in minutes on a CPU",
     "compare": "train several methods on one task and tabulate the results",
