@@ -17,11 +17,12 @@ import importlib
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from lorasb_kernels.ops import extension, reference, triton
 from lorasb_kernels.ops.flops import register_flops
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, BACKENDS
-from lorasb_kernels.ops.precision import KERNEL_DTYPES
+from lorasb_kernels.ops.precision import KERNEL_DTYPES, autocast_disabled
 from lorasb_kernels.ops.triton import interpreting
 
 MIN_CAPABILITY = (8, 0)
@@ -116,7 +117,19 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 library = torch.library.Library("lorasb", "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # no subclass that sees operators
+
+
+def implementation(operation: str, backend: str) -> Callable:
+    """What computes an operation on `backend`: for calls that nothing observes (`is_observed`).
+
+    It is called without torch's dispatcher, except for the CUDA extension's.
+    """
+    if backend == "triton":
+        return triton.implementation(operation)
+    if backend == "cuda":
+        return getattr(torch.ops.lorasb, f"{operation}_cuda").default
+    return getattr(reference, operation)
 
 
 class BackendOperator:
@@ -140,16 +153,8 @@ class BackendOperator:
             if backend != "cuda":
                 library.impl(operator, self._deferred(backend), "CompositeExplicitAutograd")
 
-    def _implementation(self, backend: str) -> Callable:
-        if backend == "triton":
-            return triton.implementation(self.name)
-        return getattr(reference, self.name)
-
     def _deferred(self, backend: str) -> Callable:
-        def implementation(*args, **kwargs):
-            return self._implementation(backend)(*args, **kwargs)
-
-        return implementation
+        return autocast_disabled(lambda *args: implementation(self.name, backend)(*args))
 
     def __call__(self, backend: str, *args):
         """Runs the operator of `backend`, a name that `resolve_backend` returned.
@@ -157,28 +162,36 @@ class BackendOperator:
         Without torch's dispatcher where nothing would see the operator: its implementation is then
         called directly, which saves the host several microseconds per operation.
         """
-        if backend == "cuda" or _is_observed(args):
+        if torch.is_grad_enabled() or is_observed() or not all(map(_is_plain, args)):
             return getattr(torch.ops.lorasb, f"{self.name}_{backend}")(*args)
-        return self._implementation(backend)(*args)
+        return implementation(self.name, backend)(*args)
 
 
-def _is_observed(args: tuple) -> bool:
-    """Whether something beside the operator's result counts.
+def is_observed() -> bool:
+    """Whether something beside the results of the operators counts, or changes them.
 
-    That is a graph that is traced, a dispatch mode (fake tensors, the counting of FLOPs), autograd,
-    or a tensor of another class.
+    That is a graph that is traced, a dispatch mode (fake tensors, the counting of FLOPs), a
+    transform of functorch, forward-mode differentiation, or autocast, which is off in operators.
     """
     return (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN for arg in args)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
+def _is_plain(argument) -> bool:
+    return not isinstance(argument, torch.Tensor) or type(argument) in PLAIN_TENSORS
+
+
 __all__ = [
+    "PLAIN_TENSORS",
     "BackendOperator",
     "choose_backend",
+    "implementation",
+    "is_observed",
     "library",
     "obstacle",
     "resolve_backend",

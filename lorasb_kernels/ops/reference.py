@@ -25,23 +25,23 @@ import torch.nn.functional as F
 
 from lorasb_kernels.ops.bitplanes import UNPACKED_AT_ONCE, panels, signs_of, unpack
 from lorasb_kernels.ops.dropout import keep_mask
-from lorasb_kernels.ops.precision import autocast_disabled
 from lorasb_kernels.ops.token_rows import accumulator_dtype
-from lorasb_kernels.ops.two_call import two_call
+from lorasb_kernels.ops.two_call import two_call, two_products
 
 # Tokens converted to fp32 at a time; this bounds the size of the copies of 16-bit operands.
 CHUNK = 2048
 
 
-@autocast_disabled
 def shrink(x, lora_A, lora_R, scaling, dropout, seed):
-    """h = drop(x) Aᵀ [M, r] and p = s · h Rᵀ [M, r]; the core runs in the dtype of R, fp32."""
+    """h = drop(x) Aᵀ [M, r] and p = s · h Rᵀ [M, r]; the core runs in the dtype of R, fp32.
+
+    R may be None here, for the identity, and then h and p may be one tensor.
+    """
     if dropout > 0:
         mask = keep_mask(*x.shape, dropout, seed)
         x = torch.where(mask, x * (1 / (1 - dropout)), 0)
-    h = x @ lora_A.T
-    p = scaling * (h.to(lora_R.dtype) @ lora_R.T)
-    return h, p.to(x.dtype)
+    h = torch.mm(x, lora_A.t())
+    return h, _through_core(h, None if lora_R is None else lora_R.t(), scaling)
 
 
 def shrink_group(x, lora_As, lora_Rs, scaling):
@@ -50,7 +50,6 @@ def shrink_group(x, lora_As, lora_Rs, scaling):
     return tuple(torch.stack(outputs) for outputs in zip(*layers, strict=True))
 
 
-@autocast_disabled
 def expand(x, weight, p, factor, bias, dropout, seed):
     """y = x Wᵀ + drop(p Bᵀ) + bias [M, m]: the frozen product, and the expansion added in place.
 
@@ -63,27 +62,50 @@ def expand(x, weight, p, factor, bias, dropout, seed):
     return y.add_(torch.where(mask, (p @ factor.T) * (1 / (1 - dropout)), 0))
 
 
-@autocast_disabled
 def core_backward(dy, h, lora_B, lora_R, scaling):
     """q = s · g R [M, r] and dR = s · gᵀ h [r, r] from g = dy B, in the dtype of R."""
-    g = (dy @ lora_B).to(lora_R.dtype)
-    q = scaling * (g @ lora_R)
-    dR = scaling * (g.T @ h.to(lora_R.dtype))
-    return q.to(dy.dtype), dR
+    g = _in_dtype(torch.mm(dy, lora_B), lora_R.dtype)
+    if scaling != 1:
+        g.mul_(scaling)
+    dR = torch.mm(g.t(), _in_dtype(h, lora_R.dtype))
+    return _in_dtype(torch.mm(g, lora_R), dy.dtype), dR
 
 
-@autocast_disabled
+def core_input_gradient(dy, lora_B, lora_R, scaling):
+    """q = s · dy B R [M, r], as `core_backward`, where R is not trained or None."""
+    return _through_core(torch.mm(dy, lora_B), lora_R, scaling)
+
+
+def input_gradient(dy, weight, q, lora_A, dropout, seed):
+    """dx = dy W + drop(q A) [M, n]."""
+    if dropout == 0:
+        return two_products(dy, weight, q, lora_A)
+    return expand(dy, weight.t(), q, lora_A.t(), None, dropout, seed)
+
+
 def factor_gradient(left, rows, dropout, seed):
     """leftᵀ drop(rows): dA [r, n] from (q, x), or dB [m, r] transposed from (p, dy)."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    left, rows = left.to(dtype), rows.to(dtype)
+    left, rows = _in_dtype(left, dtype), _in_dtype(rows, dtype)
     if dropout > 0:
         rows = torch.where(keep_mask(*rows.shape, dropout, seed), rows, 0)
-        return (left.T @ rows).mul_(1 / (1 - dropout))
-    return left.T @ rows
+        return torch.mm(left.t(), rows).mul_(1 / (1 - dropout))
+    return torch.mm(left.t(), rows)
 
 
-@autocast_disabled
+def _through_core(rows, core, scaling):
+    """s · rows · core [M, r] in the dtype of `rows`, computed in that of the core."""
+    out = rows if core is None else torch.mm(_in_dtype(rows, core.dtype), core)
+    if scaling != 1:
+        out = out * scaling
+    return _in_dtype(out, rows.dtype)
+
+
+def _in_dtype(tensor, dtype):
+    """`tensor.to(dtype)`, a microsecond faster where it is that already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def sign_accumulate(acc, grad_output, x, row_weight):
     """acc += (w ⊙ dy)ᵀ x [m, n], in the dtype of the accumulator."""
     for start in range(0, x.shape[0], CHUNK):
@@ -94,7 +116,6 @@ def sign_accumulate(acc, grad_output, x, row_weight):
         acc.addmm_(dy.T, x[rows].to(acc.dtype))
 
 
-@autocast_disabled
 def sign_gradient(grad_output, x, row_weight):
     """The bit planes of sign((w ⊙ dy)ᵀ x), [m, ceil(n/32)] each."""
     dy = grad_output.to(accumulator_dtype(x))
@@ -108,7 +129,6 @@ def pack_signs(acc):
     return signs_of(acc)
 
 
-@autocast_disabled
 def sign_matmul(positive, negative, dense, columns, transpose):
     """S Z [m, q], or Sᵀ Z [n, q], from the planes of S, unpacking a panel of rows at a time."""
     m, q = positive.shape[0], dense.shape[1]
@@ -124,8 +144,10 @@ def sign_matmul(positive, negative, dense, columns, transpose):
 
 __all__ = [
     "core_backward",
+    "core_input_gradient",
     "expand",
     "factor_gradient",
+    "input_gradient",
     "pack_signs",
     "shrink",
     "shrink_group",

@@ -13,7 +13,6 @@ frozen product goes first.
 """
 
 import torch
-import torch.nn.functional as F
 
 FROZEN_FIRST_FROM = 8192  # elements of the contraction
 
@@ -26,10 +25,22 @@ def two_call(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """`x Wᵀ + p · factorᵀ + bias`, [M, N]; arguments as for `expand`."""
+    return two_products(x, weight.t(), p, factor.t(), bias)
+
+
+def two_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    p: torch.Tensor,
+    factor: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x · weight + p · factor + bias`, [M, N], with weight [K, N] and factor [r, N]."""
+    first, second = (p, factor), (x, weight)
     if x.shape[1] >= FROZEN_FIRST_FROM:
-        return F.linear(x, weight, bias).addmm_(p, factor.T)
-    delta = p @ factor.T if bias is None else torch.addmm(bias, p, factor.T)
-    return delta.addmm_(x, weight.T)
+        first, second = second, first
+    y = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
+    return y.addmm_(*second)
 
 
-__all__ = ["FROZEN_FIRST_FROM", "two_call"]
+__all__ = ["FROZEN_FIRST_FROM", "two_call", "two_products"]

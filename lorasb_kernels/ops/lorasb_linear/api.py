@@ -4,18 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-from lorasb_kernels.ops.dispatch import resolve_backend
+from lorasb_kernels.ops.dispatch import is_observed, resolve_backend
 from lorasb_kernels.ops.dropout import new_seed
-from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction
+from lorasb_kernels.ops.lorasb_linear.autograd import LoRASBFunction, apply_directly, forward
+from lorasb_kernels.ops.lorasb_linear.checked import checked_before, remember
 from lorasb_kernels.ops.lorasb_linear.checks import check_backend, check_layer, check_lists
 from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer
 from lorasb_kernels.ops.lorasb_linear.jagged import as_jagged, jagged_rows
-from lorasb_kernels.ops.lorasb_linear.operands import (
-    as_rows,
-    cast_input,
-    cast_layer,
-    core_or_identity,
-)
+from lorasb_kernels.ops.lorasb_linear.operands import cast_input, cast_layer
+from lorasb_kernels.ops.lorasb_linear.operations import operations
 from lorasb_kernels.ops.lorasb_linear.siblings import CommonInput
 
 
@@ -69,29 +66,35 @@ def lorasb_linear(
         RuntimeError: a named backend that cannot run here; `"cuda"` with dropout before a
             trained `lora_A`.
     """
-    if isinstance(x, torch.Tensor) and x.is_nested:
+    direct = not is_observed()
+    operands = (x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout)
+    known = checked_before(backend, *operands) if direct else None
+    if known is not None:
+        backend = known
+    elif isinstance(x, torch.Tensor) and x.is_nested:
         adapter = (lora_A, lora_R, lora_B, bias, scaling, dropout, training, backend)
         return as_jagged(lorasb_linear(jagged_rows(x), weight, *adapter), x)
-    if isinstance(x, torch.Tensor):
-        weight, lora_A, lora_B, bias = cast_layer(x, weight, lora_A, lora_B, bias)
-        x = cast_input(x)
-    check_layer(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout)
-    backend = resolve_backend(backend, x.device, x.dtype)
-    dropout = float(dropout) if training else 0.0
-    check_backend(backend, lora_A, dropout)
-    y = LoRASBFunction.apply(
-        as_rows(x),
-        lora_A,
-        core_or_identity(lora_R, lora_A, x.dtype),
-        lora_B,
-        weight,
-        bias,
-        float(scaling),
-        dropout,
-        new_seed(x.device) if dropout > 0 else None,
-        backend,
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    else:
+        if isinstance(x, torch.Tensor):
+            weight, lora_A, lora_B, bias = cast_layer(x, weight, lora_A, lora_B, bias)
+            x = cast_input(x)
+        check_layer(x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout)
+        chosen = resolve_backend(backend, x.device, x.dtype)
+        direct = direct and remember(chosen, backend, *operands)
+        backend = chosen
+    if not training:
+        dropout = 0.0
+    if dropout > 0:
+        check_backend(backend, lora_A, dropout)
+        seed = new_seed(x.device)
+    else:
+        seed = None
+    arguments = (x, lora_A, lora_R, lora_B, weight, bias, float(scaling), float(dropout), seed)
+    if not direct:
+        return LoRASBFunction.apply(*arguments, backend, False)
+    if torch.is_grad_enabled():
+        return apply_directly(*arguments, backend, True)
+    return forward(*arguments, operations(backend, True))[0]
 
 
 def lorasb_group(

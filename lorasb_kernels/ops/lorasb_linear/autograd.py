@@ -21,18 +21,32 @@ tensors. It is given h and p, and leaves dx to the node of the common input.
 
 import torch
 
-from lorasb_kernels.ops.core_backward import core_backward
-from lorasb_kernels.ops.expand import expand
-from lorasb_kernels.ops.factor_gradient import factor_gradient
+from lorasb_kernels.ops.dispatch import PLAIN_TENSORS, is_observed
 from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer, adapted_product, dense
-from lorasb_kernels.ops.shrink import shrink
+from lorasb_kernels.ops.lorasb_linear.operands import as_rows, in_dtype
+from lorasb_kernels.ops.lorasb_linear.operations import Operations, operations
+
+
+def forward(x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed, run: Operations):
+    """y [..., m], and h and p [M, r]; arguments as for `LoRASBFunction`."""
+    rows = as_rows(x)
+    h, p = run.shrink(rows, in_dtype(lora_A, x.dtype), lora_R, scaling, dropout, seed)
+    return output(x, rows, weight, p, lora_B, bias, run), h, p
+
+
+def output(x, rows, weight, p, lora_B, bias, run: Operations) -> torch.Tensor:
+    """y [..., m] from x [..., n], its rows [M, n] and p [M, r]; no view of another tensor."""
+    y = adapted_product(rows, weight, p, in_dtype(lora_B, x.dtype), bias, run.expand)
+    # Autograd would forbid writing to a view in place.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 class LoRASBFunction(torch.autograd.Function):
-    """One layer on x [M, n] with a contiguous last dimension; returns y [M, m].
+    """One layer on x [..., n]; returns y [..., m].
 
-    `weight` may be a `FrozenLayer`. The last three arguments are for siblings: `projected` is
-    (h, p); the gradient of `token` is dy, and `link` takes the rest of what dx needs.
+    `weight` may be a `FrozenLayer`, and `lora_R` None. `direct` is as for `operations`. The last
+    three arguments are for siblings: `projected` is (h, p); the gradient of `token` is dy, and
+    `link` takes the rest of what dx needs.
     """
 
     @staticmethod
@@ -48,18 +62,21 @@ class LoRASBFunction(torch.autograd.Function):
         dropout,
         seed,
         backend,
+        direct,
         projected=None,
         token=None,
         link=None,
     ):
+        run = operations(backend, direct)
         if projected is None:
-            projected = shrink(x, lora_A.to(x.dtype), lora_R, scaling, dropout, seed, backend)
-        h, p = projected
-        y = adapted_product(x, weight, p, lora_B.to(x.dtype), bias, backend)
+            y, h, p = forward(x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed, run)
+        else:
+            h, p = projected
+            y = output(x, x, weight, p, lora_B, bias, run)
         _, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
         frozen = isinstance(weight, FrozenLayer)
         ctx.save_for_backward(
-            x if trains_A else None,
+            x.detach() if trains_A else None,  # the tensor itself may get other data
             h if trains_R else None,
             p if trains_B else None,
             lora_A,
@@ -70,33 +87,48 @@ class LoRASBFunction(torch.autograd.Function):
         )
         ctx.frozen = weight if frozen else None
         ctx.scaling, ctx.dropout, ctx.backend, ctx.link = scaling, dropout, backend, link
+        ctx.direct = direct
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, h, p, lora_A, lora_R, lora_B, weight, seed = ctx.saved_tensors
-        trains_x, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
-        scaling, dropout, backend = ctx.scaling, ctx.dropout, ctx.backend
-        weight = ctx.frozen or weight
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        linked = ctx.link is not None and ctx.link.needed()
-        q = dx = dA = dR = dB = dtoken = None
-        if trains_R:
-            q, dR = core_backward(dy, h, lora_B.to(dy.dtype), lora_R, scaling, backend)
-        elif trains_x or trains_A or linked:
-            _, q = shrink(dy, lora_B.to(dy.dtype).T, lora_R.T, scaling, 0.0, None, backend)
-        if trains_A:
-            dA = factor_gradient(q, x, dropout, seed, backend)
-        if trains_B:
-            dB = factor_gradient(p, dy, 0.0, None, backend).T
-        if trains_x:
-            frozen, factor = dense(weight, dy.dtype).T, lora_A.to(dy.dtype).T
-            dx = expand(dy, frozen, q, factor, None, dropout, seed, backend)
-        if linked:
-            ctx.link.leave(q, weight, lora_A)
-            dtoken = dy
-        return (dx, dA, dR, dB, *(None,) * 7, dtoken, None)
+        # A pass that is not differentiated itself, nearly every one, is spared the wrapper.
+        return _twice_refused(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
-__all__ = ["LoRASBFunction"]
+def _backward(ctx, dy):
+    x, h, p, lora_A, lora_R, lora_B, weight, seed = ctx.saved_tensors
+    trains_x, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
+    scaling, dropout, dtype = ctx.scaling, ctx.dropout, dy.dtype
+    direct = ctx.direct and type(dy) in PLAIN_TENSORS and not is_observed()
+    run = operations(ctx.backend, direct)
+    rows = as_rows(dy)
+    linked = ctx.link is not None and ctx.link.needed()
+    q = dx = dA = dR = dB = dtoken = None
+    if trains_R:
+        q, dR = run.core_backward(rows, h, in_dtype(lora_B, dtype), lora_R, scaling)
+    elif trains_x or trains_A or linked:
+        q = run.core_input_gradient(rows, in_dtype(lora_B, dtype), lora_R, scaling)
+    if trains_A:
+        dA = run.gradient_of_A(q, as_rows(x), dropout, seed)
+    if trains_B:
+        dB = run.gradient_of_B(p, rows)
+    if trains_x:
+        frozen = dense(ctx.frozen or weight, dtype)
+        dx = run.input_gradient(rows, frozen, q, in_dtype(lora_A, dtype), dropout, seed)
+        if dy.dim() != 2:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    if linked:
+        ctx.link.leave(q, ctx.frozen or weight, lora_A)
+        dtoken = rows
+    return (dx, dA, dR, dB, *(None,) * 8, dtoken, None)
+
+
+_twice_refused = torch.autograd.function.once_differentiable(_backward)
+
+# What `LoRASBFunction.apply` comes to where functorch is not active: it looks through all
+# arguments for tensors of a transform that has ended.
+apply_directly = super(torch.autograd.Function, LoRASBFunction).apply
+
+
+__all__ = ["LoRASBFunction", "apply_directly", "forward", "output"]

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasb_kernels.ops.expand import expand
-
 
 @dataclass(frozen=True)
 class FrozenLayer:
@@ -32,11 +30,11 @@ class FrozenLayer:
     dense: Callable[[], torch.Tensor]
 
 
-def adapted_product(x, weight, p, lora_B, bias, backend: str) -> torch.Tensor:
+def adapted_product(x, weight, p, lora_B, bias, expand: Callable) -> torch.Tensor:
     """`x Wᵀ + p Bᵀ + bias`, [M, m] in the dtype of `x`, for a plain W or a `FrozenLayer`."""
     if isinstance(weight, FrozenLayer):
         return weight.multiply(x).to(x.dtype).addmm_(p, lora_B.T)
-    return expand(x, weight, p, lora_B, bias, 0.0, None, backend)
+    return expand(x, weight, p, lora_B, bias, 0.0, None)
 
 
 def dense(weight: torch.Tensor | FrozenLayer, dtype: torch.dtype) -> torch.Tensor:

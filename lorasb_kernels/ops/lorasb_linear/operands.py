@@ -28,8 +28,13 @@ def cast_layer(x: torch.Tensor, weight, lora_A, lora_B, bias):
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` [..., n] as [M, n] with a contiguous last dimension."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, without that call where it has the dtype already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def core_or_identity(lora_R: torch.Tensor | None, lora_A: torch.Tensor, dtype: torch.dtype):
@@ -44,4 +49,4 @@ def core_or_identity(lora_R: torch.Tensor | None, lora_A: torch.Tensor, dtype: t
     return torch.eye(lora_A.shape[0], dtype=dtype, device=lora_A.device)
 
 
-__all__ = ["as_rows", "cast_input", "cast_layer", "core_or_identity"]
+__all__ = ["as_rows", "cast_input", "cast_layer", "core_or_identity", "in_dtype"]

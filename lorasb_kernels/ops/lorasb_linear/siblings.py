@@ -114,6 +114,7 @@ class CommonInput:
             0.0,
             None,
             self._backend,
+            False,
             self._projected.pop(index),
             token,
             link,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
-from lorasb_kernels.ops.precision import autocast_disabled, dot_precision
+from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.expand_route import choose_route
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
@@ -152,7 +152,6 @@ RUN = {
 }
 
 
-@autocast_disabled
 def expand(x, weight, p, factor, bias, dropout, seed):
     p = p.contiguous()
     route = choose_route(x, weight, p, factor, dropout > 0)
