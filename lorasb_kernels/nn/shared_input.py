@@ -15,14 +15,19 @@ its share of the projection if
 
 If not, it projects anew, for itself and for those still to come. Without a version (inference
 mode, `torch.compile`) and with dropout, where each layer has a mask of its own, every layer
-computes for itself. What no version shows, and so must not happen while the parent's forward runs,
-is a write through `x.data` or `lora_R.data` between two siblings.
+computes for itself.
+
+A write that no version shows, through `x.data` or `lora_R.data`, is looked for in the first call of
+a parent in each mode (training or not, with gradients or without): x, A and R are copied when they
+are projected, and compared when a sibling is called. A parent that writes so between two siblings
+is left ungrouped, with a warning. One that starts to do so in a later call is not noticed.
 
 A sibling for which a projection was computed in vain, because it came with another input or not
 at all, as the keys of a cross-attention under an unknown name, is left to itself from then on.
 """
 
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,11 +62,13 @@ class SharedInput:
 
     Args:
         layers: two or more.
+        name: of their parent in the model.
     """
 
-    def __init__(self, layers: list[AdaptedLinear]):
-        self.layers = layers
+    def __init__(self, layers: list[AdaptedLinear], name: str = ""):
+        self.layers, self.name = layers, name
         self._hooks: list[RemovableHandle] = []
+        self._observed: set[tuple[bool, bool]] = set()  # modes with a call without hidden writes
         self._thread = _Thread()
         for layer in layers:
             layer.shared_input = self
@@ -83,17 +90,32 @@ class SharedInput:
 
     def open(self, *_) -> None:
         """Begins a call of the parent, as its forward pre-hook."""
-        if not torch.compiler.is_compiling():
-            self._thread.call = _Call(self.layers) if len(self.layers) > 1 else None
+        if torch.compiler.is_compiling():
+            return
+        self._thread.call = None
+        if len(self.layers) > 1:
+            mode = (self.layers[0].training, torch.is_grad_enabled())
+            self._thread.call = _Call(self.layers, mode, mode not in self._observed)
 
     def close(self, parent=None, args=(), output=None) -> None:
         """Ends a call of the parent, as its forward hook; `output` is None after an error."""
         if torch.compiler.is_compiling():
             return
         call, self._thread.call = self._thread.call, None
-        if call is not None and output is not None:
-            unused = call.unused()
-            self.layers = [layer for layer in self.layers if id(layer) not in unused]
+        if call is None or output is None:
+            return
+        if call.hidden_write:
+            self.detach()
+            warnings.warn(
+                f"{self.name or 'the parent of siblings'} writes to their input, A or R between "
+                "two siblings without a new version (through .data): each computes for itself now",
+                stacklevel=2,
+            )
+            return
+        if call.observed:
+            self._observed.add(call.mode)
+        unused = call.unused()
+        self.layers = [layer for layer in self.layers if id(layer) not in unused]
 
     def forward(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The output of `layer` for `x`; None when it has to compute for itself."""
@@ -102,7 +124,7 @@ class SharedInput:
         return call.output(layer, x)
 
     def __getstate__(self) -> dict:
-        return {"layers": self.layers, "_hooks": self._hooks}
+        return {name: value for name, value in vars(self).items() if name != "_thread"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
@@ -145,14 +167,24 @@ class _Projection:
     x_state: tuple
     # Number and factors by id(layer), of those not called yet; alive, so that no id is used again.
     waiting: dict[int, tuple[int, _Factors]]
+    copies: list[list[torch.Tensor]] | None  # x, A and R by the layer's number, to compare with
 
 
 class _Call:
-    """A call of the parent: the layers not called yet, and the last projection."""
+    """A call of the parent: the layers not called yet, and the last projection.
 
-    def __init__(self, layers: list[AdaptedLinear]):
+    Args:
+        layers: of the group.
+        mode: of the parent.
+        observe: whether to look for writes that no version shows. `observed` says whether a
+            sibling was looked at, `hidden_write` whether there was one.
+    """
+
+    def __init__(self, layers: list[AdaptedLinear], mode: tuple[bool, bool], observe: bool):
         self.waiting = {id(layer): layer for layer in layers}
         self.projection: _Projection | None = None
+        self.mode, self.observe = mode, observe
+        self.observed = self.hidden_write = False
         self._unused: set[int] = set()
 
     def unused(self) -> set[int]:
@@ -164,7 +196,7 @@ class _Call:
         if self.waiting.pop(id(layer), None) is None or torch.is_inference_mode_enabled():
             return None
         factors = _Factors.of(layer, x.device) if _is_plain(x, x.device) else None
-        if factors is None:
+        if factors is None or (self.observe and not _is_readable(x)):
             return None
         projection = self.projection
         number = None if projection is None else self._number(projection, layer, factors, x)
@@ -191,6 +223,10 @@ class _Call:
             and then.state == factors.state
             and projection.x_state == _input_state(x)
         )
+        if unchanged and projection.copies is not None:
+            self.observed = True
+            self.hidden_write |= not _equal(_read(x, factors), projection.copies[number])
+            unchanged = not self.hidden_write
         return number if unchanged else None
 
     def _project(self, first, factors: _Factors, x: torch.Tensor) -> _Projection | None:
@@ -203,11 +239,29 @@ class _Call:
                 members.append(other)
         if len(layers) == 1:
             return None
+        copies = None
+        if self.observe:
+            x_copy = x.detach().clone()
+            copies = [[x_copy, *(f.clone() for f in _read(x, m)[1:])] for m in members]
         As, Rs, _, _ = zip(*members, strict=True)
         sizes = [layer.out_features for layer in layers]
         numbered = {id(layer): (i, members[i]) for i, layer in enumerate(layers) if i > 0}
         common = CommonInput(x, As, Rs, sizes, first.scaling, first.backend)
-        return _Projection(common, x, _input_state(x), numbered)
+        return _Projection(common, x, _input_state(x), numbered, copies)
+
+
+def _read(x: torch.Tensor, factors: _Factors) -> list[torch.Tensor]:
+    """What a layer's projection is computed from."""
+    tensors = (x, factors.lora_A, factors.lora_R)
+    return [tensor.detach() for tensor in tensors if tensor is not None]
+
+
+def _equal(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Whether all have the same values, NaN among them."""
+    return all(
+        torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+        for tensor, other in zip(tensors, others, strict=True)
+    )
 
 
 def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
@@ -217,6 +271,11 @@ def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
         and tensor.device == device
         and not tensor.is_inference()
     )
+
+
+def _is_readable(x: torch.Tensor) -> bool:
+    """Whether the host can read values now: not of meta tensors, nor in a CUDA graph's capture."""
+    return not x.is_meta and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _version_of(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -253,7 +312,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
             if len(set(map(type, layers))) == 1 and isinstance(layers[0], AdaptedLinear):
                 if layers[0].shared_input is not None:
                     layers[0].shared_input.detach()
-                groups.append(SharedInput(layers))
+                groups.append(SharedInput(layers, name))
                 groups[-1].attach(parent)
     return groups
 

@@ -6,13 +6,14 @@ the input are summed in another order.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorasb_kernels.nn import LoRALinear, LoRASBLinear, share_inputs
+from lorasb_kernels.nn import LoRALinear, LoRASBLinear, share_inputs, shared_input
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 
@@ -34,11 +35,22 @@ class Parent(nn.Module):
         return body(self)
 
 
-def parents(**options):
-    """The same parent twice, the second with grouped layers."""
+def new_parents(**options):
+    """The same parent twice, the second with grouped layers that have not been called."""
     separate = Parent(**options)
     grouped = copy.deepcopy(separate)
     assert len(share_inputs(grouped)) == 1
+    return separate, grouped
+
+
+def parents(**options):
+    """As `new_parents`, after a call in each mode, in which values are compared."""
+    separate, grouped = new_parents(**options)
+    x = torch.zeros(1, grouped.q_proj.in_features)
+    for training in (False, True):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                grouped.train(training)(lambda p: [getattr(p, name)(x) for name in NAMES])
     return separate, grouped
 
 
@@ -389,6 +401,85 @@ def test_checkpointing(what, use_reentrant):
 def test_a_rank_whose_sum_is_above_512():
     x = inputs(n=210)
     same(lambda p: [getattr(p, name)(x) for name in NAMES], r=200, n=210)
+
+
+def add_to_input(layer, x):
+    x.data.add_(1)
+
+
+def add_through_numpy(layer, x):
+    x.detach().numpy()[0, 0] += 1
+
+
+def add_to_core(layer, x):
+    layer.lora_R.data[0, 0] += 1
+
+
+def add_to_a(layer, x):
+    layer.lora_A.data[0, 0] += 1
+
+
+@pytest.mark.parametrize("write", [add_to_input, add_through_numpy, add_to_core, add_to_a])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_hidden_write_between_siblings_ends_the_group(write, training, gradients):
+    """Also in the first call of another mode, when there was none in the others."""
+
+    def body(parent):
+        x = inputs()
+        outputs = [parent.q_proj(x)]
+        if (parent.training, torch.is_grad_enabled()) == (training, gradients):
+            write(parent.k_proj, x)
+        return [*outputs, parent.k_proj(x), parent.v_proj(x)]
+
+    separate, grouped = new_parents()
+    model = nn.ModuleDict({"attention": grouped})
+    share_inputs(model)
+    modes = [
+        (t, g) for t in (True, False) for g in (True, False) if (t, g) != (training, gradients)
+    ]
+    messages = []
+    for mode in (*modes, (training, gradients), (training, gradients)):
+        with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(mode[1]):
+            warnings.simplefilter("always")
+            outcomes = [parent.train(mode[0])(body) for parent in (separate, grouped)]
+        for expected, found in zip(*outcomes, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        messages += [str(warning.message) for warning in caught]
+        assert len(messages) == (mode == (training, gradients))
+        assert (grouped.q_proj.shared_input is None) == (mode == (training, gradients))
+    assert messages[0].startswith("attention writes to their input, A or R between two siblings")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_special_values_are_no_hidden_write(value, recwarn):
+    _, grouped = new_parents()
+    x = inputs()
+    x[0] = value
+    grouped(lambda p: [getattr(p, name)(x) for name in NAMES])
+    assert grouped.q_proj.shared_input is not None
+    assert not list(recwarn)
+
+
+def test_values_are_compared_in_the_first_call_of_a_mode(monkeypatch):
+    """None is read in later ones, which on a GPU would wait for it."""
+    compared = []
+    monkeypatch.setattr(shared_input, "_equal", lambda *_: compared.append(1) or True)
+    _, grouped = new_parents()
+    x = inputs()
+    for _ in range(3):
+        grouped(lambda p: [getattr(p, name)(x) for name in NAMES])
+    assert len(compared) == 2
+    with torch.no_grad():
+        grouped(lambda p: [getattr(p, name)(x) for name in NAMES])
+    assert len(compared) == 4
+
+
+def test_meta_tensors_have_no_values_to_compare():
+    _, grouped = new_parents()
+    x = inputs().to("meta")
+    shapes = grouped.to("meta")(lambda p: [getattr(p, name)(x).shape for name in NAMES])
+    assert shapes == [(5, 16), (5, 8), (5, 20)]
 
 
 def test_nothing_is_held_after_a_call():
