@@ -33,7 +33,7 @@ from lorasb_kernels import (
 )
 from lorasb_kernels.targets import adapted_layers
 from lorasb_kernels.train.methods import prepare
-from lorasb_kernels.train.output_folder import claim, is_claimed, locked
+from lorasb_kernels.train.output_folder import claim, difference, locked
 from tests.ecosystem.quantizers import QUANTIZERS, quantize_model
 from tests.models import batches, build
 from tests.train.conftest import tiny_config
@@ -278,14 +278,15 @@ def folder_in_use(folder, patch):
 @error
 def other_settings(folder, patch):
     claim(folder, tiny_config("model", folder), ())
-    is_claimed(folder, tiny_config("model", folder, r=2), ())
+    (folder / "checkpoint-1").mkdir()
+    difference(folder, tiny_config("model", folder, r=2), ())
 
 
 @error
 def another_adapter(folder, patch):
     save_adapter(adapted(), folder / "adapter")
     config = tiny_config("model", folder, method="orthogonal", r=2, target_modules=("q_proj",))
-    prepare(build("llama"), config, (), 0, 1e-3)
+    prepare(build("llama"), config, (), 0, 1e-3, folder / "adapter")
 
 
 def matches(quote, message):

@@ -35,9 +35,9 @@ def run(options: argparse.Namespace) -> int:
     from lorasb_kernels.train.data import metric_of
     from lorasb_kernels.train.errors import ConfigError
     from lorasb_kernels.train.progress import console
-    from lorasb_kernels.train.run import read_held_out
+    from lorasb_kernels.train.run import judged, read_held_out
     from lorasb_kernels.train.summary import evaluation_table
-    from lorasb_kernels.train.trained import evaluate_on, load_trained, read_config
+    from lorasb_kernels.train.trained import load_trained, read_config
     from lorasb_kernels.utils.files import read_json, write_json
 
     logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     found = []
     for source, rows in sets.items():
         metric = metrics[source]
-        value = evaluate_on(model, encoder, config, rows, metric, source)
+        value = judged(model, encoder, config, rows, source, metric)
         found.append({"data": source, "metric": metric, "rows": len(rows), "value": value})
     path = Path(options.folder) / "evaluation.json"
     earlier = read_json(path) if path.exists() else []

@@ -84,46 +84,35 @@ def _labelled_columns(batch: dict) -> int:
 def _skeleton(config: TrainConfig):
     """The model of `config` without weights, and its encoder."""
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from lorasb_kernels.train.run import make_encoder
+    from lorasb_kernels.train.run import load_tokenizer, make_encoder
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     causal = config.task == "causal-lm"
     kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     model = kind.from_config(
         AutoConfig.from_pretrained(config.model), dtype=getattr(torch, config.dtype)
     )
-    return model, make_encoder(config, tokenizer)
+    return model, make_encoder(config, load_tokenizer(config))
 
 
 def initialize(config: TrainConfig) -> str:
     """Initializes and saves the adapter of `config`; returns the report as a table."""
     from lorasb_kernels.init.report import InitReport
-    from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare, save_start
-    from lorasb_kernels.train.output_folder import claim, is_claimed, locked
-    from lorasb_kernels.train.run import encode, load_model, make_encoder, read_training
-    from lorasb_kernels.train.trainer import initial_step, training_arguments
+    from lorasb_kernels.train.methods import save_start
+    from lorasb_kernels.train.output_folder import ADAPTER_FOLDER, claim, difference, locked
+    from lorasb_kernels.train.run import load, make_trainable, read_training
+    from lorasb_kernels.train.trainer import training_arguments
 
     folder = Path(config.output_dir)
     if (folder / ADAPTER_FOLDER).exists():
         raise ConfigError(f"output_dir {str(folder)!r} holds an adapter; expected another one")
     rows = read_training(config)
     with locked(folder):
-        is_claimed(folder, config, rows)
-        arguments = training_arguments(config)
-        model, tokenizer = load_model(config, rows)
-        samples = encode(make_encoder(config, tokenizer), config, rows, "training")
-        eta = initial_step(config, arguments, len(samples))
-        model = prepare(model.to(arguments.device), config, samples, tokenizer.pad_token_id, eta)
-        claim(folder, config, rows)
+        replaces = difference(folder, config, rows)
+        model, encoder, samples = load(config, rows, training_arguments(config).device)
+        model, _ = make_trainable(model, config, encoder, samples)
+        claim(folder, config, rows, replaces is not None)
         save_start(model, config)
         report = InitReport.of(model)
         report.save(folder / "init.json")

@@ -20,9 +20,8 @@ from lorasb_kernels.profiling.memory_peak import peak_memory
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.train.progress import console
-from lorasb_kernels.train.run import Rows, finetune
+from lorasb_kernels.train.run import Rows, finetune, judged
 from lorasb_kernels.train.summary import Curve, loss_figure
-from lorasb_kernels.train.trained import evaluate_on
 from lorasb_kernels.utils.figures import save_png
 from lorasb_kernels.utils.files import write_json, write_text
 from lorasb_kernels.utils.tables import markdown_table
@@ -194,7 +193,7 @@ class Comparison:
             metric = self.task.metrics.get(name, config.evaluation)
             known = rows is first and metric == config.evaluation
             values[name] = (
-                result.after if known else evaluate_on(model, encoder, config, rows, metric, name)
+                result.after if known else judged(model, encoder, config, rows, name, metric)
             )
         cell = result.to_dict() | {"part": part, "peak_bytes": peak.bytes, "sets": values}
         cell |= {"after": statistics.mean(values.values()), "rows": sum(map(len, sets.values()))}

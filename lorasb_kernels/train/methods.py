@@ -17,10 +17,9 @@ from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
 from lorasb_kernels.train.errors import ConfigError, setting_errors
+from lorasb_kernels.train.output_folder import ADAPTER_FOLDER
 from lorasb_kernels.train.warm_start import seed_of, start_from
 from lorasb_kernels.utils.files import atomic_folder
-
-ADAPTER_FOLDER = "adapter"
 
 
 def heads(model: nn.Module) -> tuple[str, ...]:
@@ -39,10 +38,10 @@ def prepare(
     samples: Sequence[Encoded],
     pad_token_id: int,
     eta: float,
+    found: Path | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Makes `model` trainable by `config.method`; adapters of this library start from the one
-    saved in `config.output_dir`, if there is one. Writes nothing.
+    """Makes `model` trainable by `config.method`. Writes nothing.
 
     Args:
         model: the pretrained model.
@@ -51,6 +50,7 @@ def prepare(
             method starts from one.
         pad_token_id: of the tokenizer.
         eta: η of LoRA-SB.
+        found: a saved adapter that adapters of this library start from instead of a new one.
         progress: show progress bars.
 
     Returns:
@@ -60,16 +60,21 @@ def prepare(
         ConfigError: settings that do not fit the model, the device or the adapter found.
     """
     with setting_errors():
-        return _prepared(model, config, samples, pad_token_id, eta, progress)
+        if config.method == "full":
+            model.requires_grad_(True)
+        elif config.method not in ADAPTER_METHODS:
+            model = _with_peft(model, config, samples, pad_token_id)
+        elif found is not None:
+            _check_backend(model, config)
+            _load_found(model, found, adapter_config(model, config))
+        else:
+            _check_backend(model, config)
+            _with_new_adapter(model, config, samples, pad_token_id, eta, progress)
+        return _trainable(model, config)
 
 
-def _prepared(model, config, samples, pad_token_id, eta, progress) -> nn.Module:
-    if config.method == "full":
-        model.requires_grad_(True)
-    elif config.method in ADAPTER_METHODS:
-        _with_adapter(model, config, samples, pad_token_id, eta, progress)
-    else:
-        model = _with_peft(model, config, samples, pad_token_id)
+def _trainable(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """What is trained becomes fp32; activations are recomputed if the settings say so."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -105,21 +110,21 @@ def adapter_config(model: nn.Module, config: TrainConfig) -> LoRASBConfig:
     )
 
 
-def _with_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
-    from lorasb_kernels import EstimationOptions, adapt
-
-    adapter = adapter_config(model, config)
+def _check_backend(model: nn.Module, config: TrainConfig) -> None:
     weight = next(model.parameters())
     named = config.backend != "auto"
     if named and (reason := obstacle(config.backend, weight.device, weight.dtype)):
         raise ConfigError(f"backend is {config.backend!r}, which cannot run: {reason}")
-    folder = Path(config.output_dir) / ADAPTER_FOLDER
-    if folder.exists():
-        _load_found(model, folder, adapter)
-        return
+
+
+def _with_new_adapter(model, config, samples, pad_token_id, eta, progress) -> None:
+    from lorasb_kernels import EstimationOptions, adapt
+
+    adapter = adapter_config(model, config)
     batches = None
     if config.init_facts.needs_gradients:
-        batches = estimation_batches(config, samples, pad_token_id, weight.device)
+        device = next(model.parameters()).device
+        batches = estimation_batches(config, samples, pad_token_id, device)
     estimation = EstimationOptions(
         strategy=config.init_strategy, memory_budget=config.init_memory_budget
     )

@@ -3,9 +3,15 @@
 .lock                  while a process works in the folder: which one
 config.json            the settings of the run
 data.json              number and digest of its training rows
+start.safetensors      see `changed_base`
 checkpoint-<step>/     see `trainer`
-adapter/, model/       what is trained
+epochs.json, best.*    see `selection`
+adapter/, model/       what is trained; an adapter as it was before training until it has ended
+init.json, init.png    what `lorasb init` found
 result.json            outcome of the run
+
+A run with results (`RESULTS`) cannot be started with other settings. One without, which ran out of
+memory in its first step for example, is replaced by a start with other settings.
 """
 
 import errno
@@ -21,11 +27,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from lorasb_kernels.train.changed_base import START_FILE
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
 from lorasb_kernels.utils.files import read_json, write_json
 
 LOCK = ".lock"
+ADAPTER_FOLDER = "adapter"
+# What other settings would contradict.
+RESULTS = ("checkpoint-*", "epochs.json", "init.json", "result.json")
 STAGING = ".checkpoint"
 REMAINS = (STAGING, ".adapter.*", ".model.*", ".*.json.*")
 REMAINS += ("adapter/.*.json.*", "adapter/.*.safetensors.*")
@@ -125,8 +135,8 @@ def digest_of(rows: Sequence) -> str:
     return digest.hexdigest()
 
 
-def is_claimed(folder: Path, config: TrainConfig, rows: Sequence) -> bool:
-    """Whether `folder` holds this run already; writes nothing.
+def difference(folder: Path, config: TrainConfig, rows: Sequence) -> str | None:
+    """How this run differs from the one in `folder`, in words; None if it does not, or none is.
 
     Args:
         folder: the output folder.
@@ -134,14 +144,16 @@ def is_claimed(folder: Path, config: TrainConfig, rows: Sequence) -> bool:
         rows: the training rows.
 
     Raises:
-        ConfigError: it holds a run with other settings or rows, or its files are damaged.
+        ConfigError: the files that say whose run it is are damaged, or the run has results and
+            is another one.
     """
     if not (folder / "config.json").exists():
-        return False
+        return None
     try:
         data, known = (read_json(folder / name) for name in ("data.json", "config.json"))
-        if not isinstance(known, dict):
-            raise ValueError(f"{folder / 'config.json'} holds no settings")
+        for name, value in (("data.json", data), ("config.json", known)):
+            if not isinstance(value, dict):
+                raise ValueError(f"{folder / name} holds no JSON object")
     except (ValueError, OSError) as error:
         raise ConfigError(f"{error}; expected what the run in output_dir wrote") from error
     # Settings that an earlier version did not have were at what is now their default.
@@ -153,28 +165,41 @@ def is_claimed(folder: Path, config: TrainConfig, rows: Sequence) -> bool:
         if before.regression == config.regression:
             changeable = changeable | {"evaluation"}
     stored = before.to_dict()
-    for name in own:
-        if name not in changeable and stored[name] != own[name]:
-            raise ConfigError(
-                f"{name} is {own[name]!r}, but output_dir {str(folder)!r} holds a run with "
-                f"{stored[name]!r}; expected the same settings or another output_dir"
-            )
-    if data != _description(rows):
-        raise ConfigError(
-            f"data is {len(rows)} rows that are not those of the run in output_dir "
-            f"{str(folder)!r}; expected the same rows, or another output_dir"
+    different = [n for n in own if n not in changeable and stored[n] != own[n]]
+    if different:
+        name = different[0]
+        found = (
+            f"{name} is {own[name]!r}, but output_dir {str(folder)!r} holds a run with "
+            f"{stored[name]!r}"
         )
-    return True
+        expected = "the same settings or another output_dir"
+    elif data != _description(rows):
+        found = (
+            f"data is {len(rows)} rows that are not those of the run in output_dir {str(folder)!r}"
+        )
+        expected = "the same rows, or another output_dir"
+    else:
+        return None
+    if any(any(folder.glob(pattern)) for pattern in RESULTS):
+        raise ConfigError(f"{found}; expected {expected}")
+    return found
 
 
-def claim(folder: Path, config: TrainConfig, rows: Sequence) -> None:
+def claim(folder: Path, config: TrainConfig, rows: Sequence, replaces: bool = False) -> None:
     """Writes into `folder` whose run it is. Only after everything that can be checked has been.
 
     Args:
         folder: gets `config.json`, the settings, and `data.json`, a digest of the rows.
         config: the settings.
         rows: the training rows.
+        replaces: whether another run without results is there, whose initial adapter goes.
     """
+    if replaces:
+        (folder / START_FILE).unlink(missing_ok=True)
+        if (adapter := folder / ADAPTER_FOLDER).exists():
+            removed = folder / f".{ADAPTER_FOLDER}.replaced"  # at once, also if killed here
+            adapter.rename(removed)
+            shutil.rmtree(removed)
     write_json(folder / "data.json", _description(rows))
     write_json(folder / "config.json", config.to_dict())
 

@@ -18,11 +18,12 @@ from lorasb_kernels.train.data import read_examples, read_labelled
 from lorasb_kernels.train.encoding import Encoded, Encoder, check_lengths
 from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError, setting_errors
 from lorasb_kernels.train.evaluation import WRITTEN, check_rows, evaluate
-from lorasb_kernels.train.methods import ADAPTER_FOLDER, prepare, save_start
+from lorasb_kernels.train.methods import prepare, save_start
 from lorasb_kernels.train.output_folder import (
+    ADAPTER_FOLDER,
     checkpoints,
     claim,
-    is_claimed,
+    difference,
     locked,
     remove_remains,
 )
@@ -97,15 +98,9 @@ def _read(config: TrainConfig, source: str, data_format: str | None, limit: int 
 
 def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
     """The pretrained model for the task, in `config.dtype`, and its tokenizer."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(config)
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)  # a new classification head is random
     if config.task == "causal-lm":
@@ -119,6 +114,16 @@ def load_model(config: TrainConfig, rows: Rows) -> tuple[nn.Module, object]:
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def load_tokenizer(config: TrainConfig) -> object:
+    """The tokenizer of the model, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def make_encoder(config: TrainConfig, tokenizer: object) -> Encoder:
@@ -141,6 +146,49 @@ def encode(encoder: Encoder, config: TrainConfig, rows: Rows, what: str) -> list
     return samples
 
 
+def load(
+    config: TrainConfig, rows: Rows, device: torch.device
+) -> tuple[nn.Module, Encoder, list[Encoded]]:
+    """The pretrained model on `device`, its encoder, and the training rows as samples.
+
+    Raises:
+        ConfigError: no such model, or one that mixes the samples of a batch.
+        DataError: no usable training row.
+    """
+    with setting_errors(f"model is {config.model!r}: "):
+        model, tokenizer = load_model(config, rows)
+    encoder = make_encoder(config, tokenizer)
+    samples = encode(encoder, config, rows, "training")
+    if not samples:
+        raise DataError(f"no training row fits into max_length = {config.max_length} tokens")
+    model.to(device)
+    packed = config.batching == "packed"
+    if packed or max(config.batch_size, config.eval_batch_size) > 1:
+        check_separation(model, samples, encoder.pad_token_id, packed)
+    return model, encoder, samples
+
+
+def make_trainable(
+    model: nn.Module,
+    config: TrainConfig,
+    encoder: Encoder,
+    samples: list[Encoded],
+    found: Path | None = None,
+) -> tuple[nn.Module, list[Encoded]]:
+    """Makes `model` trainable, see `prepare`; returns it and what it is trained on, packed or not.
+
+    Args:
+        model, encoder, samples: from `load`.
+        config: the run.
+        found: a saved adapter to start from.
+    """
+    packed = config.batching == "packed"
+    batched = pack(samples, config.max_length) if packed else samples
+    eta = initial_step(config, training_arguments(config), len(batched))
+    pad, main = encoder.pad_token_id, is_main_process()
+    return prepare(model, config, samples, pad, eta, found, progress=main), batched
+
+
 def finetune(
     config: TrainConfig,
     train_rows: Rows,
@@ -152,7 +200,8 @@ def finetune(
     """Trains `config.model` on `train_rows`; resumes from the newest checkpoint, if there is one.
 
     The settings, the rows, the model and the adapter are checked before the first file is
-    written, and the trained adapter is saved before it is evaluated.
+    written, and the trained adapter is saved before it is evaluated. A run with other settings in
+    `output_dir` is replaced if it has no results yet.
 
     Args:
         config: the run; its `output_dir` receives `config.json`, the checkpoints, the
@@ -166,8 +215,9 @@ def finetune(
         the trained model, its encoder and the result.
 
     Raises:
-        ConfigError: a setting that does not fit the model; `output_dir` holds a run with other
-            settings, an adapter that the settings do not describe, or is another process's.
+        ConfigError: a setting that does not fit the model; `output_dir` holds results of a run
+            with other settings, an adapter that the settings do not describe, or is another
+            process's.
         DataError: no usable training row, or an evaluation row that cannot be judged.
         CheckpointError: a damaged checkpoint, or none left of a run that was trained.
         DivergedError: a loss or gradient that is not finite.
@@ -181,44 +231,29 @@ def finetune(
     arguments = training_arguments(config)
     clock = Clock()
     with locked(folder) if is_main_process() else contextlib.nullcontext():
-        checkpoint = find_start(folder, config, train_rows, arguments.world_size)
+        start = find_start(folder, config, train_rows, arguments.world_size)
         with clock.phase("load"):
-            with setting_errors(f"model is {config.model!r}: "):
-                model, tokenizer = load_model(config, train_rows)
-            encoder = make_encoder(config, tokenizer)
-            samples = encode(encoder, config, train_rows, "training")
-            if not samples:
-                fits = f"max_length = {config.max_length} tokens"
-                raise DataError(f"no training row fits into {fits}")
+            model, encoder, samples = load(config, train_rows, arguments.device)
             if is_main_process():
-                console.print(preview(tokenizer, samples[0], train_rows[0]))
+                console.print(preview(encoder.tokenizer, samples[0], train_rows[0]))
             check_rows(encoder, eval_rows, config.evaluation)
             if eval_rows and config.evaluation not in (*WRITTEN, "choice"):
                 encode(encoder, config, eval_rows, "evaluation")
-        model.to(arguments.device)
-        packed = config.batching == "packed"
-        if packed or max(config.batch_size, config.eval_batch_size) > 1:
-            check_separation(model, samples, encoder.pad_token_id, packed)
 
         def judge(when: str) -> float | None:
             with clock.phase("evaluate"):
-                return judged(model, encoder, eval_rows, config, when) if eval_rows else None
+                return judged(model, encoder, config, eval_rows, when) if eval_rows else None
 
         before = judge("before") if judge_before else None
-        found = (folder / ADAPTER_FOLDER).exists()
-        batched = pack(samples, config.max_length) if packed else samples
         with clock.phase("initialize"):
-            eta = initial_step(config, arguments, len(batched))
-            model = prepare(
-                model, config, samples, tokenizer.pad_token_id, eta, progress=is_main_process()
-            )
+            model, batched = make_trainable(model, config, encoder, samples, start.adapter)
         bars = [TrainingBar(config.method)] if is_main_process() else []
         with setting_errors():
             trainer = AdapterTrainer(
                 config,
                 model=model,
                 train_dataset=batched,
-                data_collator=Collator(tokenizer.pad_token_id),
+                data_collator=Collator(encoder.pad_token_id),
                 callbacks=[*bars, *callbacks],
             )
         if config.evaluate_every is not None:
@@ -229,17 +264,17 @@ def finetune(
         # Past this barrier no rank takes what is written now for an earlier run's.
         trainer.accelerator.wait_for_everyone()
         if is_main_process():
-            claim(folder, config, train_rows)
-            if not found:
+            claim(folder, config, train_rows, replaces=start.replaces is not None)
+            if start.adapter is None:
                 save_start(model, config)
-            print(f"start: {start_of(config, checkpoint, found)}")
+            print(f"start: {start.described(config)}")
         with clock.phase("train"):
-            trainer.continue_from(checkpoint)
+            trainer.continue_from(start.checkpoint)
         if config.select == "best":
             trainer.accelerator.wait_for_everyone()
             restore_best(folder, trainer.trained_parameters())
         if is_main_process():
-            save(model, tokenizer, config)
+            save(model, encoder.tokenizer, config)
         after = judge("after")
         result = Result(
             config=config,
@@ -257,16 +292,43 @@ def finetune(
     return model, encoder, result
 
 
-def find_start(folder: Path, config: TrainConfig, rows: Rows, processes: int) -> Path | None:
-    """The newest checkpoint of the run in `folder`, checked; None for a run without.
+@dataclass(frozen=True)
+class Start:
+    """What a run finds in its output folder.
+
+    Args:
+        checkpoint: the newest one, to resume from.
+        adapter: the adapter in the folder, initial or trained.
+        replaces: how the run differs from an earlier one, without results, that it replaces.
+    """
+
+    checkpoint: Path | None = None
+    adapter: Path | None = None
+    replaces: str | None = None
+
+    def described(self, config: TrainConfig) -> str:
+        """Where the run starts from, in words."""
+        if self.checkpoint is not None:
+            return f"{self.checkpoint.name} of {config.output_dir}"
+        if config.method not in ADAPTER_METHODS:
+            new = f"{config.model}, method {config.method}"
+        elif self.adapter is not None:
+            return f"the adapter found in {self.adapter}"
+        else:
+            new = f"a new adapter, method {config.method}"
+        return new if self.replaces is None else f"{new}; {self.replaces}, which had no checkpoint"
+
+
+def find_start(folder: Path, config: TrainConfig, rows: Rows, processes: int) -> Start:
+    """What the run begins with, checked.
 
     Raises:
-        ConfigError: the folder holds another run, or what this one would overwrite.
+        ConfigError: the folder holds results of another run, or what this one would overwrite.
         CheckpointError: a damaged checkpoint, or none left of a run that was trained.
     """
-    claimed = is_claimed(folder, config, rows)
+    replaces = difference(folder, config, rows)
     checkpoint = next(iter(reversed(checkpoints(folder))), None)
-    if not claimed:
+    if not (folder / "config.json").exists():
         written = [] if config.method in ADAPTER_METHODS else [trained_folder(config)]
         for path in (checkpoint, folder / "result.json", *written):
             if path is not None and path.exists():
@@ -283,34 +345,45 @@ def find_start(folder: Path, config: TrainConfig, rows: Rows, processes: int) ->
         )
     if is_main_process():
         remove_remains(folder)
-    return checkpoint
+    adapter = folder / ADAPTER_FOLDER
+    found = adapter.exists() and replaces is None
+    return Start(checkpoint, adapter if found else None, replaces)
 
 
-def start_of(config: TrainConfig, checkpoint: Path | None, found: bool) -> str:
-    """Where a run starts from, in words."""
-    if checkpoint is not None:
-        return f"{checkpoint.name} of {config.output_dir}"
-    if config.method not in ADAPTER_METHODS:
-        return f"{config.model}, method {config.method}"
-    adapter = trained_folder(config)
-    return f"the adapter found in {adapter}" if found else f"a new adapter, method {config.method}"
-
-
-def judged(model: nn.Module, encoder: Encoder, rows: Rows, config: TrainConfig, when: str) -> float:
-    """The metric of `model` on held-out rows.
+def judged(
+    model: nn.Module,
+    encoder: Encoder,
+    config: TrainConfig,
+    rows: Rows,
+    name: str,
+    metric: str | None = None,
+) -> float:
+    """A metric of `model` on held-out rows.
 
     As in training, what is trained is fp32 and computes in the dtype of the weights.
+
+    Args:
+        model, encoder: of the run.
+        config: the run, for its settings of evaluation.
+        rows: what is judged.
+        name: of the rows, or of the moment, for the progress bar.
+        metric: None for the run's.
+
+    Raises:
+        DataError: rows that the metric cannot judge.
     """
+    metric = metric or config.evaluation
+    check_rows(encoder, rows, metric)
     device = next(model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, config.dtype == "bfloat16"):
         return evaluate(
             model,
             encoder,
             rows,
-            config.evaluation,
+            metric,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
-            progress=track(f"{config.evaluation} {when}") if is_main_process() else iter,
+            progress=track(f"{metric} {name}") if is_main_process() else iter,
         )
 
 

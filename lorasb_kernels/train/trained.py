@@ -9,12 +9,9 @@ from torch import nn
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import ConfigError
-from lorasb_kernels.train.evaluation import check_rows
-from lorasb_kernels.train.methods import ADAPTER_FOLDER
-from lorasb_kernels.train.run import Rows, judged, load_model, make_encoder, read_training
+from lorasb_kernels.train.output_folder import ADAPTER_FOLDER
+from lorasb_kernels.train.run import Rows, load_model, make_encoder, read_training
 from lorasb_kernels.utils.files import read_json
-
-CHANGED_BASE = ("pissa", "lora-ga")  # peft's adapters that fit the base model they have changed
 
 
 def read_config(folder: Path, **changes) -> TrainConfig:
@@ -36,18 +33,13 @@ def load_trained(config: TrainConfig) -> tuple[nn.Module, Encoder]:
     """The trained model of the run that `config` describes, in evaluation mode, and its encoder.
 
     Raises:
-        ConfigError: the run has not saved its model, or one that cannot be loaded on its own.
+        ConfigError: the run has not saved its model.
     """
     folder = Path(config.output_dir)
     full = config.method == "full"
     saved = folder / ("model" if full else ADAPTER_FOLDER)
     if not (folder / "result.json").exists() or not saved.is_dir():
         raise ConfigError(f"run is {str(folder)!r}, which has not finished; expected a trained one")
-    if config.method in CHANGED_BASE:
-        raise ConfigError(
-            f"run is {str(folder)!r} of method {config.method!r}, whose adapter belongs to a base "
-            "model that was changed with it; expected eval_data in training instead"
-        )
     # The labels of the training rows say how many classes the head has.
     rows: Rows = read_training(config) if config.task == "classification" else ()
     own = dataclasses.replace(config, model=str(saved)) if full else config
@@ -65,15 +57,3 @@ def load_trained(config: TrainConfig) -> tuple[nn.Module, Encoder]:
             parameter.data = parameter.data.float()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.eval().to(device), make_encoder(config, tokenizer)
-
-
-def evaluate_on(
-    model: nn.Module, encoder: Encoder, config: TrainConfig, rows: Rows, metric: str, name: str
-) -> float:
-    """A metric of a trained model on the test set `name`.
-
-    Raises:
-        DataError: rows that the metric cannot judge.
-    """
-    check_rows(encoder, rows, metric)
-    return judged(model, encoder, rows, dataclasses.replace(config, evaluation=metric), name)

@@ -31,7 +31,7 @@ def result(folder) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "full", "dora"])
+@pytest.mark.parametrize("method", ["lora-sb", "full", "dora", "pissa"])
 def test_a_run_is_judged_as_it_was_after_training(llama, sets, tmp_path, method, capsys):
     folder = tmp_path / "run"
     arguments = ["--model", str(llama), "--data", sets["train"], "--method", method, *TRAINING]

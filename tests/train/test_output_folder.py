@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorasb_kernels import load_adapter
-from lorasb_kernels.io.subspace import UntrainedAdapterWarning
+from lorasb_kernels.io.subspace import UntrainedAdapterWarning, read_adapter
 from lorasb_kernels.io.tensors import digest_of, read_tensors
 from lorasb_kernels.train import run
 from lorasb_kernels.train.errors import ConfigError, DataError
-from lorasb_kernels.train.output_folder import LOCK, locked
-from lorasb_kernels.train.run import finetune
+from lorasb_kernels.train.output_folder import LOCK, claim, locked
+from lorasb_kernels.train.run import find_start, finetune
 from lorasb_kernels.train.samples import Example
 from tests.train.conftest import sums, tiny_config
+from tests.trust.killed_runs import AtStep, die, forked, on_changes, out_of_memory
 from tests.trust.watching import tree
 
 
@@ -53,8 +55,6 @@ def test_a_finished_run_that_ends_within_an_epoch_stays_as_it_is(llama, tmp_path
 def test_an_adapter_that_is_not_trained_yet_says_so(llama, tmp_path):
     def stop():
         raise KeyboardInterrupt
-
-    from tests.trust.killed_runs import AtStep
 
     config = tiny_config(llama, tmp_path, max_steps=3)
     with pytest.raises(KeyboardInterrupt):
@@ -149,6 +149,99 @@ def test_a_failed_start_leaves_no_trace(llama, tmp_path, changes, message):
         finetune(tiny_config(wrong.pop("model"), folder, **wrong), sums(8))
     assert not list(tmp_path.iterdir())
     finetune(tiny_config(settings.pop("model"), folder, **settings), sums(8))
+
+
+def without_memory(step: int, config, rows) -> None:
+    """A run that ends with an out-of-memory error in a step."""
+    with pytest.raises(torch.OutOfMemoryError):
+        finetune(config, rows, callbacks=[AtStep(step, out_of_memory)])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("lora-sb", {"batch_size": 4}),
+        ("lora-sb", {"method": "dora"}),
+        ("lora-sb", {"method": "full"}),
+        ("lora", {"r": 2}),
+        ("pissa", {"batch_size": 4}),
+        ("pissa", {"method": "lora-xs"}),
+        ("full", {"batch_size": 4, "method": "lora-sb"}),
+    ],
+)
+def test_a_run_without_a_checkpoint_is_replaced(llama, tmp_path, capsys, method, changes):
+    settings = {"max_steps": 2, "method": method}
+    folder = tmp_path / "run"
+    without_memory(0, tiny_config(llama, folder, **settings), sums(24))
+    capsys.readouterr()
+    settings |= changes
+    result = finetune(tiny_config(llama, folder, **settings), sums(24))[2]
+    name = "method" if "method" in changes else next(iter(changes))
+    pattern = rf"start: .*method {settings['method']}; {name} is .*, which had no checkpoint\n"
+    assert re.search(pattern, capsys.readouterr().out)
+    whole = finetune(tiny_config(llama, tmp_path / "whole", **settings), sums(24))[2]
+    assert result.losses == whole.losses
+    own, other = contents(folder), contents(tmp_path / "whole")
+    assert own.pop("config.json") != other.pop("config.json")  # they name their folders
+    assert own.pop("result.json")["losses"] == other.pop("result.json")["losses"]
+    assert own == other
+
+
+def test_other_rows_replace_a_run_without_a_checkpoint(llama, tmp_path):
+    config = tiny_config(llama, tmp_path / "run", max_steps=2, init_minimum=16)
+    without_memory(0, config, sums(24))
+    result = finetune(config, sums(16))[2]
+    whole = tiny_config(llama, tmp_path / "whole", max_steps=2, init_minimum=16)
+    assert result.losses == finetune(whole, sums(16))[2].losses
+
+
+def test_the_same_settings_start_from_the_adapter_that_is_there(llama, tmp_path, capsys):
+    config = tiny_config(llama, tmp_path, max_steps=2)
+    without_memory(0, config, sums(24))
+    finetune(config, sums(24))
+    assert f"start: the adapter found in {tmp_path / 'adapter'}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_run_with_results_is_not_replaced(llama, tmp_path, evaluated):
+    """A checkpoint, or the metric of an epoch."""
+    every = {"evaluate_every": "epoch"} if evaluated else {"save_steps": 2}
+    config = tiny_config(llama, tmp_path, max_steps=8, **every)
+    with pytest.raises(torch.OutOfMemoryError):
+        finetune(config, sums(24), sums(4), callbacks=[AtStep(3, out_of_memory)])
+    assert (tmp_path / "checkpoint-2").exists() != evaluated
+    before = tree(tmp_path)
+    smaller = tiny_config(llama, tmp_path, max_steps=8, batch_size=4, **every)
+    with pytest.raises(ConfigError, match=r"batch_size is 4, but output_dir .* holds a run with 8"):
+        finetune(smaller, sums(24), sums(4))
+    assert tree(tmp_path) == before
+
+
+def test_a_kill_while_a_run_is_replaced(llama, tmp_path):
+    """Neither of the two is started from the other's adapter, or from half of one."""
+    first = tiny_config(llama, tmp_path / "run", max_steps=1)
+    second = tiny_config(llama, tmp_path / "run", max_steps=1, batch_size=4)
+    without_memory(0, first, sums(24))
+    for count in range(1, 20):
+        folder = tmp_path / f"run {count}"
+        shutil.copytree(tmp_path / "run", folder)
+
+        def replaces(folder=folder, count=count):
+            on_changes(lambda n: die() if n == count else None)
+            claim(folder, second, sums(16), replaces=True)
+
+        status, _ = forked(replaces)
+        starts = {
+            size: find_start(folder, config, rows, processes=1)
+            for size, config, rows in ((8, first, sums(24)), (4, second, sums(16)))
+        }
+        assert starts[4].adapter is None
+        assert starts[8].replaces or starts[8].adapter is None or read_adapter(starts[8].adapter)
+        if status == 0:
+            assert starts[8].replaces
+            assert not starts[4].replaces
+            break
+    assert count > 5
 
 
 def test_another_adapter_in_the_folder_is_refused(llama, tmp_path):

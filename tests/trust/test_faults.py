@@ -17,7 +17,7 @@ import pytest
 
 from lorasb_kernels.train.checkpoint import MANIFEST, check, seal
 from lorasb_kernels.train.errors import CheckpointError, ConfigError
-from lorasb_kernels.train.output_folder import claim, is_claimed, remove_remains
+from lorasb_kernels.train.output_folder import claim, difference, remove_remains
 from lorasb_kernels.utils.files import atomic_folder, replacing
 from tests.train.conftest import sums, tiny_config
 from tests.trust.killed_runs import KINDS
@@ -179,13 +179,15 @@ def test_another_number_of_processes_is_another_run(sealed):
 
 def test_other_rows_are_another_run(tmp_path):
     config = tiny_config("model", tmp_path)
-    assert not is_claimed(tmp_path, config, sums(8))
     claim(tmp_path, config, sums(8))
-    assert is_claimed(tmp_path, config, sums(8))
-    with pytest.raises(ConfigError, match="data is 7 rows that are not those of the run"):
-        is_claimed(tmp_path, config, sums(7))
-    with pytest.raises(ConfigError, match="data is 8 rows"):
-        is_claimed(tmp_path, config, sums(9)[1:])
+    assert difference(tmp_path, config, sums(8)) is None
+    for rows in (sums(7), sums(9)[1:]):
+        words = f"data is {len(rows)} rows that are not those of the run"
+        assert difference(tmp_path, config, rows).startswith(words)
+    (tmp_path / "checkpoint-2").mkdir()
+    for rows in (sums(7), sums(9)[1:]):
+        with pytest.raises(ConfigError, match=f"data is {len(rows)} rows that are not those"):
+            difference(tmp_path, config, rows)
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
@@ -209,4 +211,4 @@ def test_damaged_settings_are_named(tmp_path, name, content):
     claim(tmp_path, config, sums(8))
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=name.partition(".")[0]):
-        is_claimed(tmp_path, config, sums(8))
+        difference(tmp_path, config, sums(8))
