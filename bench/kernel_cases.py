@@ -13,7 +13,7 @@ from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.limits import BACKENDS
 from lorasb_kernels.ops.shrink import shrink
-from lorasb_kernels.ops.triton.expand_route import ROUTES
+from lorasb_kernels.ops.triton.route_files import ROUTES
 from lorasb_kernels.ops.triton.tiles import (
     ExpandTile,
     architecture,

@@ -1,27 +1,31 @@
-"""Measure on this GPU which route the frozen product takes, and save it.
+"""Measure on this GPU which route the frozen product takes, for all shapes of a model.
 
-For the forward product and the input gradient of each layer shape it times cuBLAS with an in-place
-expansion, the fused kernel and, on Hopper, the fused kernel with tensor maps, and writes the times
-to a JSON file. Set LORASB_TUNING to that file to use the fastest route. Needs a CUDA device.
+What `auto` otherwise does at the first use of a shape: for the forward product and the input
+gradient of each shape it times cuBLAS with an in-place expansion, the fused kernel and, on Hopper,
+the fused kernel with tensor maps, and keeps the times in this device's file in the cache folder
+($LORASB_CACHE, else ~/.cache/lorasb). Shapes that are in it already are skipped;
+LORASB_TUNE=now measures them again. Needs a CUDA device.
 
-    lorasb tune tuning.json --layer 4096 4096 --layer 14336 4096 --r 96 --tokens 8192 2048
+    lorasb tune --model mistral-7b --r 96 --tokens 8192 2048
+    lorasb tune --layer 4096 4096 --layer 14336 4096
 """
 
 import argparse
-from pathlib import Path
 
 from lorasb_kernels.train.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shapes and the file."""
-    parser.add_argument("file", type=Path, help="JSON file to write or to extend")
-    parser.add_argument(
+    """The shapes."""
+    shapes = parser.add_mutually_exclusive_group(required=True)
+    shapes.add_argument(
+        "--model", help="folder, hub id, llama-3.2-3b, mistral-7b, gemma-2-9b or roberta-large"
+    )
+    shapes.add_argument(
         "--layer",
         type=int,
         nargs=2,
         action="append",
-        required=True,
         metavar=("OUT", "IN"),
         help="output and input features of a layer; may be repeated",
     )
@@ -29,25 +33,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="rows of the input")
     parser.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--all-tiles", action="store_true", help="time every tile that fits, not the first few"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and writes."""
+    """Measures and keeps."""
     import torch
 
     if not torch.cuda.is_available():
         raise InputError("no CUDA device is available; expected one: nothing else is timed")
     from lorasb_kernels.ops.layer_shape import LayerShape
+    from lorasb_kernels.ops.triton.route_files import device_file
     from lorasb_kernels.ops.tune import tune
+    from lorasb_kernels.profiling.prediction import model_kinds
 
     try:
+        sizes = options.layer
+        if options.model:
+            kinds = model_kinds(options.model)
+            sizes = dict.fromkeys((kind.layer.m, kind.layer.n) for kind in kinds)
         layers = [
             LayerShape(tokens, m, n, options.r, options.dropout)
-            for m, n in options.layer
+            for m, n in sizes
             for tokens in options.tokens
         ]
-        tune(layers, options.file, dtype=getattr(torch, options.dtype), progress=print)
+        tune(
+            layers,
+            dtype=getattr(torch, options.dtype),
+            all_tiles=options.all_tiles,
+            progress=print,
+        )
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    print(f"wrote {options.file}; set LORASB_TUNING={options.file} to use it")
+    print(f"kept in {device_file(torch.device('cuda')).path}")
     return 0

@@ -8,6 +8,7 @@ from lorasb_kernels.ops.dispatch import choose_backend, resolve_backend
 from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.triton.expand_route import plan_route
 from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.triton.route_decision import Shape, rounded_rows
 from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
@@ -74,7 +75,8 @@ def explain(
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected.
-        FileNotFoundError: `LORASB_TUNING` names a file that does not exist.
+        FileNotFoundError, ValueError: `LORASB_TUNING` names a file that does not exist or is none
+            of measured routes; `LORASB_TUNE` is unknown.
         RuntimeError: a named backend that cannot run on the device.
     """
     if hasattr(layer_or_shape, "lora_R"):
@@ -92,6 +94,7 @@ def explain(
     shape = LayerShape(tokens, m, n, r, dropout or 0.0)
     dtype = dtype or torch.bfloat16
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    here = device if arch is None else None
     if arch is None:
         backend, reason = _backend(backend or "auto", device, dtype)
         arch, sms = architecture(device), multiprocessors(device)
@@ -101,7 +104,7 @@ def explain(
         raise ValueError(f"arch is {arch!r}; expected one of {ARCHITECTURES}")
     steps: tuple[Step, ...] = ()
     if backend == "triton":
-        steps = _triton_steps(shape, dtype, arch, sms, trained)
+        steps = _triton_steps(shape, dtype, arch, sms, trained, here)
     return Explanation(backend, reason, steps)
 
 
@@ -111,7 +114,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     return resolve_backend(backend, device, dtype), "asked for by name"
 
 
-def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, ...]:
+def _triton_steps(shape: LayerShape, dtype, arch, sms, trained, device) -> tuple[Step, ...]:
     M, m, n, r = shape.M, shape.m, shape.n, shape.r
     drops = shape.dropout > 0
     width, tiles = rank_tiles(r)
@@ -142,7 +145,8 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained) -> tuple[Step, .
     }
 
     def product(operation: str, N: int, K: int, transposed: bool, masked: bool) -> Step:
-        route = plan_route(arch, dtype, M, N, K, r, transposed, masked)
+        sizes = Shape(dtype, rounded_rows(M), N, K, r, transposed, masked)
+        route = plan_route(arch, sizes, device)
         ours = route.name != "two_call" or masked
         return Step(operation, route.name, route.tile if ours else None, route.reason)
 

@@ -1,110 +1,93 @@
-"""Measures the routes of `expand` on this GPU and saves the results; runs only when asked to.
+"""Measures the routes of `expand` for many shapes beforehand, and keeps what it found.
 
-Each route is timed with CUDA events, the L2 cache flushed before each run, medians taken
-(`triton.testing.do_bench`). The fused routes are timed with every candidate tile that fits on
-the device; a route keeps its fastest. The written file can be named by `LORASB_TUNING`, or shipped
-as `lorasb_kernels/ops/tuned/<arch>.json`.
+The same measurement as `auto` makes at the first use of a shape (`ops/triton/route_measuring.py`),
+on random operands: for runs that must not spend a second on it, and for those that may not measure,
+as in a CUDA graph or under `torch.compile`.
 """
 
-import dataclasses
-import datetime
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-import triton
 
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.layer_shape import LayerShape
+from lorasb_kernels.ops.measuring import tuning_mode
 from lorasb_kernels.ops.triton.expand import RUN
-from lorasb_kernels.ops.triton.expand_route import (
-    FORMAT,
-    describable,
-    forget_tuning,
-    read_tuning,
-    shape_key,
-)
-from lorasb_kernels.ops.triton.tiles import (
-    EXPAND_CANDIDATES,
-    ExpandTile,
-    architecture,
-    descriptor_candidates,
-    expand_tile,
-)
-from lorasb_kernels.utils.files import write_text
+from lorasb_kernels.ops.triton.expand_route import forget_routes
+from lorasb_kernels.ops.triton.route_decision import shape_of, takes_tensor_maps
+from lorasb_kernels.ops.triton.route_files import DeviceFile, Measured, device_file
+from lorasb_kernels.ops.triton.route_measuring import Timer, bursts, candidates, measure
 
 
 def tune(
     layers: Iterable[LayerShape],
-    path: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
+    all_tiles: bool = False,
+    kept: DeviceFile | None = None,
+    timer: Timer = bursts,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, dict]:
-    """Measures the forward product and the input gradient of every layer; writes `path`.
-
-    An existing file of the same architecture is extended. The process uses the new
-    measurements from then on if `LORASB_TUNING` names the file.
+) -> dict[str, Measured]:
+    """Measures the forward product and the input gradient of every layer.
 
     Args:
-        layers: the shapes to measure.
-        path: JSON file, replaced after each layer (temporary file in the same folder, renamed).
+        layers: the shapes.
         dtype: of activations and weights.
         device: a CUDA device.
-        progress: called with a line for each measurement.
+        all_tiles: time every tile that fits instead of the first few of each route.
+        kept: where to keep the measurements; default: the file of the device, which `auto` reads.
+        timer: seconds of each call, see `route_measuring.bursts`.
+        progress: called with a line for each product.
 
     Returns:
-        The new entries by shape key.
+        The new entries by shape key. What the file has already is not measured again, unless all
+        tiles are asked for or `LORASB_TUNE` is `now`.
 
     Raises:
         RuntimeError: `device` is not a CUDA device.
-        ValueError: `path` holds something other than measurements of this architecture.
+        ValueError: `LORASB_TUNE` is `off`, or unknown.
     """
     device = torch.device(device)
-    if device.type != "cuda":
-        raise RuntimeError(f"device is {device}; expected a CUDA device: nothing else is timed")
-    path, arch = Path(path), architecture(device)
-    measured_on, entries = read_tuning(path) if path.exists() else (arch, {})
-    if measured_on != arch:
-        raise ValueError(f"path is {str(path)!r}, measured on {measured_on}; expected {arch}")
-    content = {
-        "format": FORMAT,
-        "arch": arch,
-        "measured_on": {
-            "device": torch.cuda.get_device_name(device),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "date": datetime.date.today().isoformat(),
-        },
-        "expand": dict(entries),
-    }
-    measured = {}
-    with torch.cuda.device(device):
-        for layer in layers:
-            for transposed in (False, True):
-                key, entry = measure(layer, transposed, dtype, device)
-                measured[key] = entry
-                if progress is not None:
-                    times = {name: route["microseconds"] for name, route in entry.items()}
-                    progress(f"{key}: {min(times, key=times.get)}, microseconds {times}")
-            # After each layer, so that an interrupted run keeps what it has measured.
-            content["expand"].update(measured)
-            write_text(path, json.dumps(content, indent=1) + "\n")
-    forget_tuning()
-    return measured
+    if tuning_mode() == "off":
+        raise ValueError("LORASB_TUNE is 'off'; expected 'once' or 'now' to measure")
+    if kept is None:
+        if device.type != "cuda":
+            raise RuntimeError(f"device is {device}; expected a CUDA device: nothing else is timed")
+        kept = device_file(device)
+    say = progress or (lambda line: None)
+    anew = all_tiles or tuning_mode() == "now"
+    new: dict[str, Measured] = {}
+    for layer in layers:
+        for transposed in (False, True):
+            operands = random_operands(layer, transposed, dtype, device)
+            x, weight, p, factor, _, dropout, _ = operands
+            key = shape_of(x, weight, p, dropout).key
+            if key in new:
+                continue
+            if not anew and key in kept.read():
+                say(f"{key}: measured before")
+                continue
+            described = takes_tensor_maps(x, weight, p, factor)
+            tried = candidates(kept.arch, dtype, dropout > 0, described, all_tiles)
+            # Kept at once, so that an interrupted run has lost nothing.
+            new |= kept.add({key: measure(operands, RUN, tried, timer)}, replace=anew)
+            times = {name: timed.microseconds for name, timed in new[key].routes.items()}
+            say(f"{key}: {min(times, key=times.get)}, microseconds {times}")
+    forget_routes()
+    return new
 
 
-def measure(
+def random_operands(
     layer: LayerShape, transposed: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[str, dict]:
-    """Times every route for one product; returns its shape key, and time and tile by route.
+) -> tuple:
+    """Operands of `expand` for a layer.
 
     Args:
         layer: the shape.
-        transposed: the input gradient `dy W + drop(q A)` if True, else the forward product.
-        dtype, device: of the operands, which are random.
+        transposed: those of the input gradient `dy W + drop(q A)` if True, else of the forward
+            product.
+        dtype, device: of the operands.
     """
     M, r = layer.M, layer.r
     N, K = (layer.n, layer.m) if transposed else (layer.m, layer.n)
@@ -117,41 +100,7 @@ def measure(
     else:
         weight = torch.randn(N, K, dtype=dtype, device=device)
         factor = torch.randn(N, r, dtype=dtype, device=device)
-    seed = new_seed(device) if dropout > 0 else None
-    arguments = (x, weight, p, factor, None, dropout, seed)
-
-    arch, drops = architecture(device), dropout > 0
-    shipped = expand_tile(arch, dtype, drops)
-    described = describable(x, weight, p, factor) and N * dtype.itemsize % 16 == 0
-    candidates = {
-        "two_call": (shipped,),
-        "fused": dict.fromkeys((shipped, *EXPAND_CANDIDATES[dtype.itemsize])),
-        "fused_descriptor": descriptor_candidates(arch, dtype, drops) if described else (),
-    }
-    entry = {}
-    for name, tiles in candidates.items():
-        times = _times(lambda tile, run=RUN[name]: run(*arguments, tile), tiles)
-        if times:
-            best = min(times, key=times.get)
-            entry[name] = {"microseconds": times[best], "tile": dataclasses.asdict(best)}
-    return shape_key(dtype, M, N, K, r, transposed, drops), entry
+    return x, weight, p, factor, None, dropout, new_seed(device) if dropout > 0 else None
 
 
-def _times(
-    run: Callable[[ExpandTile], torch.Tensor], tiles: Iterable[ExpandTile]
-) -> dict[ExpandTile, float]:
-    """Microseconds by tile; tiles that do not fit on the device are left out."""
-    times = {}
-    for tile in tiles:
-        try:
-            times[tile] = round(_microseconds(lambda tile=tile: run(tile)), 2)
-        except triton.runtime.errors.OutOfResources:
-            continue
-    return times
-
-
-def _microseconds(function: Callable[[], torch.Tensor]) -> float:
-    return 1000 * triton.testing.do_bench(function, return_mode="median")
-
-
-__all__ = ["measure", "tune"]
+__all__ = ["random_operands", "tune"]

@@ -154,7 +154,7 @@ RUN = {
 
 def expand(x, weight, p, factor, bias, dropout, seed):
     p = p.contiguous()
-    route = choose_route(x, weight, p, factor, dropout > 0)
+    route = choose_route(x, weight, p, factor, bias, dropout, seed, RUN)
     return RUN[route.name](x, weight, p, factor, bias, dropout, seed, route.tile)
 
 

@@ -8,7 +8,7 @@ shared memory, where the tensor cores read both operands. That frees the registe
 slots that address arithmetic would take. Bytes and flops are those of the fused route.
 
 A tensor map needs its base and its rows at multiples of 16 bytes, and one contiguous dimension
-(`expand_route.describable`); a transposed view is described as the matrix that it is a view of.
+(`route_decision.describable`); a transposed view is described as the matrix that it is a view of.
 Maps are made on the host at each launch and passed by value, so a CUDA graph keeps them.
 
 One tile per block. A persistent loop over tiles would help if its loads could run ahead into the

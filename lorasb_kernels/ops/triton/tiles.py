@@ -3,7 +3,7 @@
 Not measured: reasoned from shared memory, registers and the bytes a block keeps in flight,
 and checked by ahead-of-time compilation: no spill with Triton 3.7.1
 (`docs/kernel_resources.md`); another version may allocate otherwise. What has been measured on
-a device is kept in a tuning file, see `ops/triton/expand_route.py`.
+a device is kept in a file, see `ops/triton/route_decision.py`.
 
 Limits per block and per multiprocessor:
 
@@ -335,18 +335,19 @@ MASKED_EXPAND_TILES = {
     **dict.fromkeys(ARCHITECTURES, _MASKED_EXPAND),
 }
 
-# What `ops/tune.py` times against each other; it skips tiles that do not fit on the device.
+# What is timed against each other, without those that do not fit on the device; a first measurement
+# takes the first few that fit (`route_measuring.py`): different shapes of tile come first.
 EXPAND_CANDIDATES = _by_itemsize(
     (
         ExpandTile(8, 3, 128, 128, 64),
-        ExpandTile(8, 4, 128, 128, 64),
+        ExpandTile(4, 3, 64, 128, 64),
         ExpandTile(8, 4, 128, 128, 32),
         ExpandTile(8, 4, 128, 256, 64),
         ExpandTile(8, 3, 256, 128, 64),
-        ExpandTile(4, 3, 64, 128, 64),
+        ExpandTile(4, 4, 64, 64, 64),
+        ExpandTile(8, 4, 128, 128, 64),
         ExpandTile(8, 3, 64, 128, 64),
         ExpandTile(4, 4, 128, 64, 64),
-        ExpandTile(4, 4, 64, 64, 64),
     ),
     (
         ExpandTile(8, 3, 128, 64, 32),

@@ -1,6 +1,5 @@
 """`expand` with tensor maps: its values, and which operands a tensor map can describe."""
 
-import json
 import math
 
 import pytest
@@ -11,6 +10,8 @@ from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.triton import expand as expand_triton
 from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
+from lorasb_kernels.ops.triton.route_decision import Route, Shape, describable, shape_of
+from lorasb_kernels.ops.triton.route_files import DeviceFile, Measured, RouteFile, Timed
 from lorasb_kernels.ops.triton.tiles import ExpandTile
 from tests.ops.conftest import ON_GPU
 from tests.ops.operands import check, dropout_seed, normal, same_bits
@@ -53,7 +54,7 @@ def described(monkeypatch):
         return descriptor_expand(*arguments)
 
     def chosen(*arguments):
-        return route.Route("fused_descriptor", TILE, "forced by a test")
+        return Route("fused_descriptor", TILE, "forced by a test")
 
     monkeypatch.setattr(expand_triton, "choose_route", chosen)
     monkeypatch.setitem(expand_triton.RUN, "fused_descriptor", counted)
@@ -88,7 +89,7 @@ def test_rows_apart_in_memory(dtype, device, described):
     x, *rest = operands(50, 40, 88, 16, dtype, device, transposed=False)
     x, weight = x[::2, 8:], rest[0][:, 8:]
     p = rest[1][:25]
-    assert route.describable(x, weight, p, rest[2])
+    assert describable(x, weight, p, rest[2])
     check(expand, "triton", x, weight, p, rest[2], None, 0.0, None)
 
 
@@ -112,11 +113,11 @@ def test_non_finite_input_shows(bad, device, described):
 
 def test_what_can_be_described(device):
     matrix = torch.zeros(8, 64, dtype=torch.float16, device=device)
-    assert route.describable(matrix, matrix.T, matrix[::2], matrix[:, 8:], matrix[:3])
-    assert not route.describable(matrix[:, ::2]), "no contiguous dimension"
-    assert not route.describable(matrix, matrix[:, 4:]), "the base is at 8 bytes"
-    assert not route.describable(matrix.view(-1)[:60].view(3, 20)), "rows of 40 bytes"
-    assert not route.describable(matrix[:1].expand(4, 64)), "a row that is four"
+    assert describable(matrix, matrix.T, matrix[::2], matrix[:, 8:], matrix[:3])
+    assert not describable(matrix[:, ::2]), "no contiguous dimension"
+    assert not describable(matrix, matrix[:, 4:]), "the base is at 8 bytes"
+    assert not describable(matrix.view(-1)[:60].view(3, 20)), "rows of 40 bytes"
+    assert not describable(matrix[:1].expand(4, 64)), "a row that is four"
 
 
 OTHER_TILE = ExpandTile(num_warps=8, num_stages=3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32)
@@ -124,22 +125,23 @@ OTHER_TILE = ExpandTile(num_warps=8, num_stages=3, BLOCK_M=64, BLOCK_N=128, BLOC
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """Writes times for sm_90 in which tensor maps are fastest, for the shape with that key."""
+    """Writes times for sm_90 in which tensor maps are fastest, for a class of shapes."""
 
-    def write(**shape):
-        entry = {
-            "two_call": {"microseconds": 3.0, "tile": vars(TILE)},
-            "fused": {"microseconds": 2.0, "tile": vars(OTHER_TILE)},
-            "fused_descriptor": {"microseconds": 1.0, "tile": vars(TILE)},
+    def write(shape: Shape):
+        times = {
+            "two_call": (3.0, TILE),
+            "fused": (2.0, OTHER_TILE),
+            "fused_descriptor": (1.0, TILE),
         }
+        routes = {name: Timed(*timed) for name, timed in times.items()}
+        found = {shape.key: Measured("2026-01-02", shape.rows, routes)}
         file = tmp_path / "tuning.json"
-        content = {"format": 2, "arch": "sm_90", "expand": {route.shape_key(**shape): entry}}
-        file.write_text(json.dumps(content))
+        file.write_text(RouteFile("sm_90", {}, found).text())
         monkeypatch.setenv("LORASB_TUNING", str(file))
-        route.forget_tuning()
+        route.forget_routes()
 
     yield write
-    route.forget_tuning()
+    route.forget_routes()
 
 
 @pytest.mark.parametrize(
@@ -153,10 +155,11 @@ def tuned(tmp_path, monkeypatch):
     ],
 )
 def test_shapes_that_cannot_be_described_take_the_next_fastest(changes, taken, tuned):
-    shape = dict(dtype=torch.bfloat16, M=8192, N=4096, K=4096, r=96, transposed=False)
-    shape |= {"dropout": False, **changes}
-    tuned(**{name: value for name, value in shape.items() if name != "aligned"})
-    chosen = route.plan_route(arch="sm_90", **shape)
+    sizes = {"rows": 8192, "N": 4096, "K": 4096, "r": 96, "transposed": False, "dropout": False}
+    aligned = changes.pop("aligned", True)
+    shape = Shape(torch.bfloat16, **{**sizes, **changes})
+    tuned(shape)
+    chosen = route.plan_route("sm_90", shape, aligned=aligned)
     assert chosen.name == taken
     assert chosen.tile == (TILE if taken == "fused_descriptor" else OTHER_TILE)
     assert "two_call 3.0 µs, fused 2.0 µs, fused_descriptor 1.0 µs" in chosen.reason
@@ -165,13 +168,18 @@ def test_shapes_that_cannot_be_described_take_the_next_fastest(changes, taken, t
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_operands_that_cannot_be_described_take_the_next_fastest(
-    transposed, tuned, monkeypatch, device
+    transposed, tuned, monkeypatch, device, tmp_path
 ):
     x, weight, p, factor = operands(32, 40, 72, 16, torch.float16, device, transposed)
-    tuned(dtype=x.dtype, M=32, N=40, K=72, r=16, transposed=transposed, dropout=False)
+    tuned(shape_of(x, weight, p, 0.0))
     monkeypatch.setattr(route, "architecture", lambda device: "sm_90")
-    assert route.choose_route(x, weight, p, factor, False).name == "fused_descriptor"
+    kept = DeviceFile(tmp_path / "none.json", "sm_90", {})
+    monkeypatch.setattr(route, "device_file", lambda device: kept)
+
+    def chosen(x):
+        return route.choose_route(x, weight, p, factor, None, 0.0, None, expand_triton.RUN).name
+
+    assert chosen(x) == "fused_descriptor"
     shifted = torch.zeros(32, 80, dtype=x.dtype, device=device)[:, 4:76]
     columns_first = x.T.contiguous().T
-    for other in (shifted, columns_first):
-        assert route.choose_route(other, weight, p, factor, False).name == "fused"
+    assert [chosen(other) for other in (shifted, columns_first)] == ["fused", "fused"]

@@ -1,14 +1,15 @@
-"""Tiles, splits, the route of `expand`, what is measured and how it is explained."""
-
-import json
+"""Tiles, splits, the planned route of `expand` and how it is explained."""
 
 import pytest
 import torch
 
 import lorasb_kernels
-from lorasb_kernels.ops import tune
-from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.triton import expand_route as route
+from lorasb_kernels.ops.triton import route_measuring
+from lorasb_kernels.ops.triton.expand import RUN
+from lorasb_kernels.ops.triton.route_decision import Shape
+from lorasb_kernels.ops.triton.route_files import RouteFile
+from lorasb_kernels.ops.triton.route_measuring import candidates
 from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
@@ -19,41 +20,27 @@ from lorasb_kernels.ops.triton.tiles import (
     rank_tiles,
     row_splits,
 )
+from tests.ops.triton.routes import MEASURED_ON, TILE, StubTimer, device_file, entry, operands
 
-CPU = torch.device("cpu")
-SHAPE = dict(
-    arch="sm_86",
-    dtype=torch.bfloat16,
-    M=8000,
-    N=4096,
-    K=4096,
-    r=90,
-    transposed=False,
-    dropout=False,
-)
-KEY = route.shape_key(torch.bfloat16, 8192, 4096, 4096, 96, False, False)
-TILE = {"num_warps": 4, "num_stages": 3, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
-
-
-def tuning(**changes) -> dict:
-    entry = {
-        "two_call": {"microseconds": 2.0, "tile": TILE},
-        "fused": {"microseconds": 1.0, "tile": TILE},
-    }
-    return {"format": 2, "arch": "sm_86", "expand": {KEY: entry}, **changes}
+SHAPE = Shape(torch.bfloat16, 8192, 4096, 4096, 90, transposed=False, dropout=False)
 
 
 @pytest.fixture(autouse=True)
-def forget():
-    route.forget_tuning()
+def nothing_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
+    for name in ("LORASB_TUNING", "LORASB_TUNE"):
+        monkeypatch.delenv(name, raising=False)
+    torch.use_deterministic_algorithms(False)  # the other tests' setting
+    route.forget_routes()
     yield
-    route.forget_tuning()
+    route.forget_routes()
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
-    path.write_text(json.dumps(tuning()))
+    found = {SHAPE.key: entry(two_call=2.0, fused=1.0)}
+    path.write_text(RouteFile("sm_86", MEASURED_ON, found).text())
     monkeypatch.setenv("LORASB_TUNING", str(path))
     return path
 
@@ -84,105 +71,84 @@ def test_splits_cover_every_column_and_row_once(arch):
             assert splits <= 32
 
 
-def test_unmeasured_shapes_take_two_calls():
-    chosen = route.plan_route(**SHAPE)
+def test_unmeasured_shapes_follow_the_rule():
+    chosen = route.plan_route("sm_86", SHAPE)
     assert chosen.name == "two_call"
-    assert "not measured on sm_86" in chosen.reason
+    assert chosen.reason.startswith("not measured on sm_86; by the rule: ")
 
 
 def test_a_measured_shape_takes_the_faster_route(file):
-    chosen = route.plan_route(**SHAPE)
-    assert chosen.name == "fused"
-    assert chosen.tile == ExpandTile(**TILE)
-    assert chosen.reason == "measured (tuning.json): two_call 2.0 µs, fused 1.0 µs"
-    assert route.plan_route(**{**SHAPE, "M": 8193}).name == "two_call"
-    assert route.plan_route(**{**SHAPE, "dropout": True}).name == "two_call"
-    assert route.plan_route(**{**SHAPE, "arch": "sm_80"}).name == "two_call"
+    chosen = route.plan_route("sm_86", SHAPE)
+    assert (chosen.name, chosen.tile) == ("fused", TILE)
+    assert chosen.reason == (
+        "measured on 2026-01-02 at M = 8000 (tuning.json): two_call 2.0 µs, fused 1.0 µs"
+    )
+    assert route.plan_route("sm_86", SHAPE._replace(r=96)).name == "fused"
+    for other in (SHAPE._replace(rows=16384), SHAPE._replace(dropout=True)):
+        assert "by the rule" in route.plan_route("sm_86", other).reason
+    assert "by the rule" in route.plan_route("sm_80", SHAPE).reason
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not a tuning file"),
-        ("[]", "not a tuning file"),
-        (json.dumps(tuning(format=1)), "format is 1; expected 2"),
-        (json.dumps(tuning(expand={KEY: {"guess": {}}})), "route of .* 'guess'"),
-        (json.dumps(tuning(expand={KEY: {"fused": {"tile": {}}}})), "not a tuning file"),
-        (json.dumps(tuning(expand={KEY: {}})), "expected two_call and fused"),
-    ],
-)
-def test_a_damaged_tuning_file_is_named(file, content, message):
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        route.plan_route(**SHAPE)
-    assert "tuning.json" in str(error.value)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_tried_first_is_little_and_what_cannot_fit_is_not_tried(arch, dtype):
+    first = candidates(arch, dtype, dropout=False, described=True)
+    every = candidates(arch, dtype, dropout=False, described=True, all_tiles=True)
+    assert len(first) <= 1 + 2 * route_measuring.SHORT_LIST
+    assert set(first) <= set(every)
+    assert {name for name, _ in first} == {name for name, _ in every}
+    assert ("fused_descriptor" in dict(first)) == (arch == "sm_90")
+    too_large = ExpandTile(8, 4, 128, 256, 64)  # four stages of 48 KB, three of them in memory
+    fits = arch in ("sm_80", "sm_90") and dtype == torch.bfloat16
+    assert (too_large in [tile for _, tile in every]) == fits
 
 
-def test_a_missing_tuning_file_is_named(file):
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"LORASB_TUNING is .*tuning\.json"):
-        route.plan_route(**SHAPE)
+def on_the_cpu_as_if(arch, timer, monkeypatch):
+    """`expand`'s choice on the CPU, as on a device of an architecture whose times are known."""
+    kept = device_file(arch)
+    monkeypatch.setattr(route, "architecture", lambda device: arch)
+    monkeypatch.setattr(route, "device_file", lambda device: kept)
+    decide = route.decide
+    monkeypatch.setattr(route, "decide", lambda *arguments, store: decide(*arguments, timer, store))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_measuring_keeps_the_fastest_tile_of_each_route(transposed, monkeypatch):
-    """The times are invented; the operands and the routes are real, in the interpreter."""
-    if torch.cuda.is_available():
-        pytest.skip("the device measures by itself")
-    times = iter([2.0, 5.0, 3.0, 7.0, 4.0])
-
-    def timed(function):
-        assert function().isfinite().all()
-        return next(times)
-
-    small, wide = ExpandTile(4, 2, 16, 16, 16), ExpandTile(4, 2, 16, 32, 32)
-    monkeypatch.setattr(tune, "_microseconds", timed)
-    monkeypatch.setitem(tune.EXPAND_CANDIDATES, 4, (small,))
-    monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (small, wide))
-    layer = LayerShape(M=20, m=24, n=40, r=4, dropout=0.1)
-    key, entry = tune.measure(layer, transposed, torch.float32, CPU)
-    assert {name: route["microseconds"] for name, route in entry.items()} == {
-        "two_call": 2.0,
-        "fused": 3.0,
-        "fused_descriptor": 4.0,
-    }
-    assert ExpandTile(**json.loads(json.dumps(entry["fused"]["tile"]))) == small
-    assert ExpandTile(**entry["fused_descriptor"]["tile"]) == wide
-    N, K = (40, 24) if transposed else (24, 40)
-    assert key == route.shape_key(torch.float32, 20, N, K, 4, transposed, transposed)
+def test_a_process_decides_once(monkeypatch):
+    """Whatever becomes of the file and of the setting."""
+    timer = StubTimer("fused")
+    on_the_cpu_as_if("sm_86", timer, monkeypatch)
+    assert route.choose_route(*operands(20), RUN).name == "fused"
+    device_file().path.unlink()
+    monkeypatch.setenv("LORASB_TUNE", "off")
+    assert route.choose_route(*operands(17), RUN).name == "fused"
+    assert timer.calls == 1
 
 
-def test_tensor_maps_are_measured_where_they_can_be_made(monkeypatch):
-    monkeypatch.setattr(tune, "_microseconds", lambda function: 1.0)
-    monkeypatch.setattr(tune, "descriptor_candidates", lambda *_: (ExpandTile(4, 2, 16, 16, 16),))
-    for n, r, measured in ((40, 4, True), (40, 3, False), (39, 4, False)):
-        layer = LayerShape(M=20, m=24, n=n, r=r)
-        _, entry = tune.measure(layer, True, torch.float32, CPU)
-        assert ("fused_descriptor" in entry) == measured
+def test_what_the_rule_decided_stays_in_the_process(monkeypatch):
+    timer = StubTimer("fused")
+    on_the_cpu_as_if("sm_86", timer, monkeypatch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = route.choose_route(*operands(20), RUN)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert route.choose_route(*operands(20), RUN) is first
+    assert timer.calls == 0
 
 
-def test_tuning_needs_a_gpu(tmp_path):
-    with pytest.raises(RuntimeError, match="device is cpu; expected a CUDA device"):
-        tune.tune([], tmp_path / "t.json", device="cpu")
-    assert not (tmp_path / "t.json").exists()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tuning_on_the_device(tmp_path, monkeypatch):
-    path = tmp_path / "tuning.json"
-    measured = tune.tune([LayerShape(256, 512, 256, 32)], path)
-    monkeypatch.setenv("LORASB_TUNING", str(path))
-    route.forget_tuning()
-    assert len(measured) == 2
-    steps = lorasb_kernels.explain((512, 256, 32), tokens=256, backend="triton").steps
-    assert next(s.reason for s in steps if s.operation == "expand").startswith("measured")
+def test_no_rows_are_not_measured(monkeypatch):
+    timer = StubTimer("fused")
+    on_the_cpu_as_if("sm_86", timer, monkeypatch)
+    x, weight, p, *rest = operands(20)
+    assert "no rows" in route.choose_route(x[:0], weight, p[:0], *rest, RUN).reason
+    assert route.choose_route(x[:1], weight, p[:1], *rest, RUN).name == "fused"
+    assert timer.calls == 1
 
 
 def test_explain_a_shape_for_an_architecture(file):
     text = str(lorasb_kernels.explain((4096, 4096, 96), tokens=8192, arch="sm_86"))
     assert "backend triton: planned for sm_86" in text
     assert "shrink: projection kernel [64×64, 4 warps, 3 stages] (rank 96 as 3 tiles of 32" in text
-    assert "expand: fused [64×64×32, 4 warps, 3 stages] (measured" in text
+    assert "expand: fused [64×64×32, 4 warps, 3 stages] (measured on 2026-01-02" in text
     assert "dx: two_call (not measured" in text
     split = lorasb_kernels.explain((4096, 4096, 96), tokens=64, arch="sm_86").steps[0]
     assert "split 8 ways" in split.reason

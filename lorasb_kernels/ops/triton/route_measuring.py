@@ -1,0 +1,116 @@
+"""Times the routes of `expand` against each other on given operands.
+
+Interleaved bursts (`utils/timing.py`), operands rotated past the L2 cache, medians. Triton keeps
+what it compiled on disk, and most shapes share it, so the first shape takes seconds and the others
+tenths of a second.
+"""
+
+import datetime
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lorasb_kernels.ops.triton.route_files import Measured, Timed, say_once
+from lorasb_kernels.ops.triton.tiles import (
+    EXPAND_CANDIDATES,
+    ExpandTile,
+    descriptor_candidates,
+    expand_tile,
+)
+from lorasb_kernels.utils.timing import Call, copies_past_cache, interleave, median
+
+# Several numbers of seconds by candidate.
+Timer = Callable[[Mapping[Hashable, Call], torch.device], Mapping[Hashable, Sequence[float]]]
+Runs = Mapping[str, Callable[..., torch.Tensor]]
+Candidates = Sequence[tuple[str, ExpandTile]]
+
+SHORT_LIST = 3  # tiles of a route that are tried unless all are asked for
+SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # of one block
+
+bursts: Timer = functools.partial(interleave, rounds=5)
+
+
+def candidates(
+    arch: str, dtype: torch.dtype, dropout: bool, described: bool, all_tiles: bool = False
+) -> Candidates:
+    """The routes and tiles to time, without those whose stages a block cannot hold.
+
+    Args:
+        arch: `"sm_86"` and so on.
+        dtype: of the operands.
+        dropout: whether there is a mask.
+        described: whether tensor maps can describe the operands.
+        all_tiles: every tile instead of the first few of each route.
+    """
+    shipped = expand_tile(arch, dtype, dropout)
+    fused = dict.fromkeys((shipped, *EXPAND_CANDIDATES[dtype.itemsize]))
+    fitting = [tile for tile in fused if _fits(tile, arch, dtype)]
+    by_tensor_map = descriptor_candidates(arch, dtype, dropout) if described else ()
+    count = None if all_tiles else SHORT_LIST
+    return [
+        ("two_call", shipped),
+        *(("fused", tile) for tile in fitting[:count]),
+        *(("fused_descriptor", tile) for tile in by_tensor_map[:count]),
+    ]
+
+
+def _fits(tile: ExpandTile, arch: str, dtype: torch.dtype) -> bool:
+    """Before sm_90 the last of the stages is in registers only."""
+    buffers = tile.num_stages - (arch != "sm_90")
+    stage = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
+    return arch not in SHARED_KB or buffers * stage <= 1024 * SHARED_KB[arch]
+
+
+def measure(operands: tuple, runs: Runs, tried: Candidates, timer: Timer = bursts) -> Measured:
+    """Times candidates against each other.
+
+    Args:
+        operands: x, weight, p, factor, bias, dropout and seed, as `expand` takes them; unchanged.
+        runs: the routes, called with the operands and a tile.
+        tried: routes and tiles.
+        timer: seconds of each call, see `bursts`.
+
+    Returns:
+        The fastest tile of each route that runs.
+
+    Raises:
+        torch.OutOfMemoryError: no room for one more output.
+        Exception: what `two_call` raised; another candidate that fails is named and left out.
+    """
+    from triton.runtime.errors import OutOfResources  # planning a route needs no Triton
+
+    device = operands[0].device
+    tensors = [value for value in operands if isinstance(value, torch.Tensor)]
+    count = copies_past_cache(sum(tensor.nbytes for tensor in tensors), device)
+    copies = [operands, *(_copy(operands) for _ in range(count - 1))]
+    calls: dict[Hashable, Call] = {}
+    for name, tile in tried:
+
+        def call(i: int, run=runs[name], tile: ExpandTile = tile) -> torch.Tensor:
+            return run(*copies[i % count], tile)
+
+        try:
+            call(0)  # compiles
+        except OutOfResources:
+            continue
+        except Exception as error:
+            if name == "two_call" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            say_once(f"route {name} with {tile} does not run and is left out: {error}")
+            continue
+        calls[name, tile] = call
+    fastest: dict[str, Timed] = {}
+    for (name, tile), samples in timer(calls, device).items():
+        microseconds = round(1e6 * median(samples), 2)
+        if name not in fastest or microseconds < fastest[name].microseconds:
+            fastest[name] = Timed(microseconds, tile)
+    return Measured(datetime.date.today().isoformat(), operands[0].shape[0], fastest)
+
+
+def _copy(operands: tuple) -> tuple[Any, ...]:
+    return tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in operands)
+
+
+__all__ = ["Candidates", "Runs", "Timer", "bursts", "candidates", "measure"]
