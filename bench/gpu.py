@@ -5,7 +5,7 @@
     python -m bench.gpu --dry              the whole path on the CPU, with tiny shapes
 
 Leaves under --out (or $OUT, else `bench/results/`): `<gpu>/<date>-<commit>.json`, the results;
-`tuning.json`, the measured routes of the frozen product; `gpu.log`, all output; and
+`cache/routes/`, the measured routes of the frozen product; `gpu.log`, all output; and
 `tests-passed`, which names the sources that the tests were green on.
 """
 
@@ -40,7 +40,6 @@ GPU_TESTS = (
     "tests/nn/test_shared_input.py",
     "tests/bench/test_contenders.py",
 )
-TUNED_LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
 
 
 @dataclass
@@ -68,8 +67,8 @@ class Session:
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **environment}
         if self.dry:
             variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        elif self.tuning.exists():
-            variables["LORASB_TUNING"] = str(self.tuning)
+        else:
+            variables["LORASB_CACHE"] = str(self.out / "cache")
         variables.pop("TRITON_INTERPRET", None)
         tee = subprocess.Popen(["tee", "-a", str(self.log)], stdin=subprocess.PIPE)
         child = subprocess.Popen(
@@ -100,10 +99,6 @@ class Session:
     @property
     def log(self) -> Path:
         return self.out / "gpu.log"
-
-    @property
-    def tuning(self) -> Path:
-        return self.out / "tuning.json"
 
     @property
     def record(self) -> Path:
@@ -209,8 +204,7 @@ def run_benchmark(session: Session, part: str) -> bool:
 
 def tune(session: Session) -> None:
     """Measures the routes of the frozen product; the benchmarks that follow use them."""
-    layers = [word for m, n in TUNED_LAYERS for word in ("--layer", str(m), str(n))]
-    command = python("-m", "lorasb_kernels.cli.main", "tune", str(session.tuning), *layers)
+    command = python("-m", "lorasb_kernels.cli.main", "tune", "--model", "mistral-7b")
     if session.run(*command, "--r", "96", "--tokens", "8192", limit=45) != 0:
         session.say("tune: not finished; the benchmarks run with the routes that are known")
 

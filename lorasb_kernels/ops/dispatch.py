@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from lorasb_kernels.ops import extension, reference, triton
 from lorasb_kernels.ops.flops import register_flops
 from lorasb_kernels.ops.limits import BACKEND_CHOICES, BACKENDS
+from lorasb_kernels.ops.measuring import calling_operator, running_operator
 from lorasb_kernels.ops.precision import KERNEL_DTYPES, autocast_disabled
 from lorasb_kernels.ops.triton import interpreting
 
@@ -154,7 +155,11 @@ class BackendOperator:
                 library.impl(operator, self._deferred(backend), "CompositeExplicitAutograd")
 
     def _deferred(self, backend: str) -> Callable:
-        return autocast_disabled(lambda *args: implementation(self.name, backend)(*args))
+        def run(*args):
+            with running_operator():
+                return implementation(self.name, backend)(*args)
+
+        return autocast_disabled(run)
 
     def __call__(self, backend: str, *args):
         """Runs the operator of `backend`, a name that `resolve_backend` returned.
@@ -163,7 +168,11 @@ class BackendOperator:
         called directly, which saves the host several microseconds per operation.
         """
         if torch.is_grad_enabled() or is_observed() or not all(map(_is_plain, args)):
-            return getattr(torch.ops.lorasb, f"{self.name}_{backend}")(*args)
+            operator = getattr(torch.ops.lorasb, f"{self.name}_{backend}")
+            if torch.compiler.is_compiling():
+                return operator(*args)
+            with calling_operator():
+                return operator(*args)
         return implementation(self.name, backend)(*args)
 
 

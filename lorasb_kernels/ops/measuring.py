@@ -5,8 +5,10 @@ file covers; `now`, at the first use in this process, whatever its file of earli
 says, which it replaces; `off`, never, and that file is not read either.
 """
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -14,20 +16,32 @@ MODES = ("off", "once", "now")
 
 
 class _Here(threading.local):
-    observed = False
+    from_python = False  # this package is calling an operator
+    compiled = False  # an operator runs that this package did not call
 
 
 _HERE = _Here()
 
 
-class Observed:
-    """Within it nothing is measured: a compiled graph or a dispatch mode runs the operator."""
+@contextlib.contextmanager
+def calling_operator() -> Iterator[None]:
+    """Around a call of an operator by this package, outside of compiled graphs."""
+    before, _HERE.from_python = _HERE.from_python, True
+    try:
+        yield
+    finally:
+        _HERE.from_python = before
 
-    def __enter__(self):
-        self.before, _HERE.observed = _HERE.observed, True
 
-    def __exit__(self, *_):
-        _HERE.observed = self.before
+@contextlib.contextmanager
+def running_operator() -> Iterator[None]:
+    """Around the implementation of an operator: if nobody called it here, a compiled graph did."""
+    before = _HERE.from_python, _HERE.compiled
+    _HERE.from_python, _HERE.compiled = False, not _HERE.from_python
+    try:
+        yield
+    finally:
+        _HERE.from_python, _HERE.compiled = before
 
 
 def tuning_mode() -> str:
@@ -46,8 +60,8 @@ def why_not_measured() -> str | None:
     """Why nothing may be timed here and now; None if it may."""
     if tuning_mode() == "off":
         return "LORASB_TUNE is off"
-    if _HERE.observed or torch.compiler.is_compiling():
-        return "first used by a compiled graph or under a dispatch mode"
+    if _HERE.compiled or torch.compiler.is_compiling():
+        return "first used by a compiled graph"
     if torch.are_deterministic_algorithms_enabled():
         return "first used in deterministic mode"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -55,4 +69,10 @@ def why_not_measured() -> str | None:
     return None
 
 
-__all__ = ["MODES", "Observed", "tuning_mode", "why_not_measured"]
+__all__ = [
+    "MODES",
+    "calling_operator",
+    "running_operator",
+    "tuning_mode",
+    "why_not_measured",
+]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lorasb_kernels.ops.measuring import Observed
+from lorasb_kernels.ops.measuring import running_operator
 from lorasb_kernels.ops.triton import route_decision, route_files
 from lorasb_kernels.ops.triton.expand import RUN
 from lorasb_kernels.ops.triton.route_decision import decide, planned, shape_of
@@ -114,7 +114,7 @@ def test_where_nothing_may_be_measured_the_rule_decides(reason, message, monkeyp
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     timer = StubTimer("fused")
-    with Observed() if reason == "compiled" else torch.no_grad():
+    with running_operator() if reason == "compiled" else torch.no_grad():
         chosen = decide(operands(20), RUN, device_file(), timer)
         assert timer.calls == 0
         assert message in chosen.reason

@@ -1,6 +1,7 @@
 """The file of what was measured on a device: unusable ones are named once and ignored."""
 
 import json
+import multiprocessing
 import os
 import stat
 
@@ -144,3 +145,19 @@ def test_a_file_system_without_locks_loses_nothing_of_a_single_process(monkeypat
     kept.add({"a": entry(two_call=1.0)})
     kept.add({"b": entry(two_call=2.0)})
     assert set(kept.read()) == {"a", "b"}
+
+
+def keep_many(name: str, count: int) -> None:
+    for i in range(count):
+        device_file().add({f"{name} {i}": entry(two_call=1.0)})
+
+
+def test_processes_that_write_at_once_lose_nothing():
+    fork = multiprocessing.get_context("fork")  # they only write files
+    writers = [fork.Process(target=keep_many, args=(name, 25)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert len(device_file().read()) == 75
