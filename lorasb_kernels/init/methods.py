@@ -253,33 +253,58 @@ def initialize(
 
     The model is unchanged afterwards. Arguments as for `lorasb_kernels.adapt`.
     """
-    for name, adapter in _initial(model, targets, config, batches, eta, estimation, progress):
+    if config.init in ("lora-one", "lora-sb-sgd"):
+        batches = list(batches)
+        sums = estimate_gradients(model, batches, list(targets), estimation, progress=progress)
+        relative = config.init == "lora-one" and config.spectral_scaling == "relative"
+        samples = 1 if relative else _samples(batches, targets)  # its scale does not matter there
+        found = _from_gradients(sums, samples, config, eta)
+    elif config.facts.needs_eta:
+        updates = estimate_updates(model, batches, list(targets), estimation, progress=progress)
+        found = _from_updates(updates, config, eta)
+    else:
+        found = _from_weights(targets, config)
+    for name, adapter in found:
         yield name, orthonormal(adapter) if config.orthonormalize else adapter
 
 
-def _initial(
-    model: nn.Module,
-    targets: dict[str, nn.Linear],
-    config: LoRASBConfig,
-    batches: Iterable | None,
-    eta: float | None,
-    estimation: EstimationOptions,
-    progress: bool,
+def _samples(batches: Iterable, targets: dict[str, nn.Linear]) -> int:
+    """Samples in the batches of all data-parallel ranks."""
+    device = next(iter(targets.values())).weight.device
+    return ranks.sum_(torch.tensor(sum(map(sample_count, batches)), device=device)).item()
+
+
+def _from_gradients(
+    sums: Iterable[tuple[str, torch.Tensor]], samples: int, config: LoRASBConfig, eta: float | None
 ) -> Iterator[tuple[str, Adapter]]:
-    """The adapters as their methods define them."""
-    if config.init in ("lora-one", "lora-sb-sgd"):
-        yield from _from_gradients(model, targets, config, batches, eta, estimation, progress)
+    """From gradients summed over samples."""
+    for name, total in sums:
+        generator = layer_generator(config.seed, name)
+        gradient = total / samples
+        if config.init == "lora-sb-sgd":
+            yield name, lora_sb_sgd(gradient, config.r, eta, config.s, generator)
+        else:
+            options = (config.r, config.gamma, config.spectral_scaling, generator)
+            yield name, lora_one(gradient, *options)
+
+
+def _from_updates(
+    updates: Iterable[tuple[str, SignMatrix]], config: LoRASBConfig, eta: float
+) -> Iterator[tuple[str, Adapter]]:
+    """From the signs of summed gradients."""
+    if config.init in ("lora-sb", "scaled-b"):
+        for name, adapter in _lora_sb_in_batches(updates, config, eta):
+            yield name, adapter if config.init == "lora-sb" else scaled_b(adapter, config.s)
         return
-    if config.facts.needs_eta:
-        updates = estimate_updates(model, batches, list(targets), estimation, progress=progress)
-        if config.init in ("lora-sb", "scaled-b"):
-            for name, adapter in _lora_sb_in_batches(updates, config, eta):
-                yield name, adapter if config.init == "lora-sb" else scaled_b(adapter, config.s)
-            return
-        for name, signs in updates:
-            generator = layer_generator(config.seed, name)
-            yield name, noise(signs, config.r, eta, config.s, config.noise_std, generator)
-        return
+    for name, signs in updates:
+        generator = layer_generator(config.seed, name)
+        yield name, noise(signs, config.r, eta, config.s, config.noise_std, generator)
+
+
+def _from_weights(
+    targets: dict[str, nn.Linear], config: LoRASBConfig
+) -> Iterator[tuple[str, Adapter]]:
+    """From the pretrained weights, or from their shapes alone."""
     for name, linear in targets.items():
         generator = layer_generator(config.seed, name)
         weight = dense_weight(linear)
@@ -293,33 +318,6 @@ def _initial(
             yield name, lora(*weight.shape, config.r, generator)
         else:
             yield name, orthogonal(weight, config.r, generator)
-
-
-def _from_gradients(
-    model: nn.Module,
-    targets: dict[str, nn.Linear],
-    config: LoRASBConfig,
-    batches: Iterable,
-    eta: float | None,
-    estimation: EstimationOptions,
-    progress: bool,
-) -> Iterator[tuple[str, Adapter]]:
-    batches = list(batches)
-    gradients = estimate_gradients(model, batches, list(targets), estimation, progress=progress)
-    samples = 1
-    relative = config.init == "lora-one" and config.spectral_scaling == "relative"
-    if not relative:  # which does not depend on the gradient's scale
-        device = next(iter(targets.values())).weight.device
-        count = torch.tensor(sum(map(sample_count, batches)), device=device)
-        samples = ranks.sum_(count).item()
-    for name, total in gradients:
-        generator = layer_generator(config.seed, name)
-        gradient = total / samples
-        if config.init == "lora-sb-sgd":
-            yield name, lora_sb_sgd(gradient, config.r, eta, config.s, generator)
-        else:
-            options = (config.r, config.gamma, config.spectral_scaling, generator)
-            yield name, lora_one(gradient, *options)
 
 
 __all__ = [
