@@ -46,14 +46,18 @@ def predict(config: TrainConfig) -> str:
     from lorasb_kernels.init.estimation.memory import free_memory
     from lorasb_kernels.init.predict import Rates, predict_init
     from lorasb_kernels.targets import find_targets
-    from lorasb_kernels.train.methods import estimation_batches, heads
+    from lorasb_kernels.train.methods import heads
     from lorasb_kernels.train.run import encode, read_training
+    from lorasb_kernels.train.start_samples import fixed_count, largest_count, start_batches
 
     rows = read_training(config)
     with torch.device("meta"):
         model, encoder = _skeleton(config)
     rows = encode(encoder, config, rows, "training")
-    batches = list(estimation_batches(config, rows, encoder.pad_token_id, torch.device("cpu")))
+    measured = config.init_samples == "auto"  # what takes weights, so the limit is predicted
+    count = (largest_count if measured else fixed_count)(config, len(rows))
+    cpu = torch.device("cpu")
+    batches = list(start_batches(config, rows, encoder.pad_token_id, cpu, count))
     samples = sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     saved = heads(model) if config.task == "classification" else ()
@@ -70,7 +74,8 @@ def predict(config: TrainConfig) -> str:
     )
     free = free_memory(device)
     room = "unknown memory" if free is None else f"{free / 1e9:.1f} GB free"
-    return f"{prediction}\n{samples} samples, {tokens} tokens; {device} with {room}"
+    most = "at most " if measured else ""
+    return f"{prediction}\n{most}{samples} samples, {tokens} tokens; {device} with {room}"
 
 
 def _labelled_columns(batch: dict) -> int:

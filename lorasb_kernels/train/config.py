@@ -35,6 +35,7 @@ FACTOR_OPTIMIZERS = ("preconditioned", "lora-pro")
 OPTIMIZERS = ("adamw", *FACTOR_OPTIMIZERS)
 SCHEDULES = ("linear", "cosine", "constant")
 BATCHING = ("length-grouped", "random", "packed")
+INIT_SAMPLES = ("auto", "share")
 ETA_RULES = ("first-step", "published")
 DTYPES = ("float32", "bfloat16")
 EVALUATIONS = {
@@ -115,10 +116,19 @@ class TrainConfig:
     )
     backend: str = _method("of the adapters' operators: auto, reference, triton or cuda", "auto")
 
-    init_share: float = _start(
-        "share of the training samples that LoRA-SB's update is estimated from", 1e-3, range=SHARE
+    init_samples: str | None = _start(
+        "how many samples LoRA-SB's update is estimated from: auto measures how noisy their "
+        "gradients are, share takes init_share. Unset: share if that or init_minimum is given, "
+        "else auto",
+        None,
+        choices=INIT_SAMPLES,
     )
-    init_minimum: int = _start("samples, where the share is fewer", 32, range=POSITIVE)
+    init_share: float | None = _start(
+        "share of the training samples; unset: 0.001", None, range=SHARE
+    )
+    init_minimum: int | None = _start(
+        "samples, where the share is fewer; unset: 32", None, range=POSITIVE
+    )
     init_batch_size: int | None = _start(
         "samples per forward pass; unset: batch_size", None, range=POSITIVE
     )
@@ -220,7 +230,11 @@ class TrainConfig:
         """What follows from other settings where it is not given."""
         own = {"lora-one": "preconditioned", "lora-pro": "lora-pro"}
         rslora = self.method in ("rslora", "lora-one")
+        by_share = self.init_share is not None or self.init_minimum is not None
         derived = {
+            "init_samples": lambda: "share" if by_share else "auto",
+            "init_share": lambda: 1e-3,
+            "init_minimum": lambda: 32,
             "optimizer": lambda: own.get(self.method, "adamw"),
             "use_rslora": lambda: rslora,
             "evaluation": lambda: EVALUATIONS[self.task][0],

@@ -1,23 +1,22 @@
 """Preparing a model for training: this library's adapters, peft's, or all weights."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimation.losses import per_sample_loss
 from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train import changed_base
-from lorasb_kernels.train.batching import Collator
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
 from lorasb_kernels.train.errors import ConfigError, setting_errors
 from lorasb_kernels.train.output_folder import ADAPTER_FOLDER
+from lorasb_kernels.train.start_samples import fixed_count, measured_count, start_batches
 from lorasb_kernels.train.warm_start import seed_of, start_from
 from lorasb_kernels.utils.files import atomic_folder
 
@@ -124,7 +123,13 @@ def _with_new_adapter(model, config, samples, pad_token_id, eta, progress) -> No
     batches = None
     if config.init_facts.needs_gradients:
         device = next(model.parameters()).device
-        batches = estimation_batches(config, samples, pad_token_id, device)
+        count = fixed_count(config, len(samples))
+        if config.init_samples == "auto":
+            targets = find_targets(model, adapter.target_modules, adapter.modules_to_save)
+            count, finding = measured_count(model, config, samples, pad_token_id, targets)
+            if progress:
+                print(finding)
+        batches = start_batches(config, samples, pad_token_id, device, count)
     estimation = EstimationOptions(
         strategy=config.init_strategy, memory_budget=config.init_memory_budget
     )
@@ -163,28 +168,6 @@ def save_start(model: nn.Module, config: TrainConfig) -> None:
             save_adapter(model, building, trained=False)
     elif config.method in changed_base.METHODS:
         changed_base.keep_start(model, Path(config.output_dir))
-
-
-def estimation_batches(
-    config: TrainConfig, samples: Sequence[Encoded], pad_token_id: int, device: torch.device
-) -> Iterable[dict[str, torch.Tensor]]:
-    """The batches that estimate the first update.
-
-    `init_share` of the samples, but at least `init_minimum`, drawn with the run's seed and
-    sorted by length. The batches are distributed over data-parallel ranks if there are
-    enough; the estimate sums over the ranks.
-    """
-    count = min(len(samples), max(config.init_minimum, round(config.init_share * len(samples))))
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(samples), generator=generator)[:count].tolist()
-    drawn = sorted((samples[i] for i in chosen), key=lambda s: -len(s.input_ids))
-    size = config.init_batch_size or config.batch_size
-    collated = DataLoader(drawn, size, collate_fn=Collator(pad_token_id))
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in collated]
-    if torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return batches[rank::ranks] if len(batches) >= ranks else batches
-    return batches
 
 
 def _with_peft(
@@ -226,7 +209,7 @@ def _with_peft(
 
 
 def _gradients_for_lora_ga(model, targets, adapter, config, samples, pad_token_id) -> None:
-    """Sums the gradients that LoRA-GA starts from, over the samples that LoRA-SB would take."""
+    """Sums the gradients that LoRA-GA starts from, over `init_share` of the samples."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
     for name, layer in targets.items():
@@ -235,7 +218,9 @@ def _gradients_for_lora_ga(model, targets, adapter, config, samples, pad_token_i
             raise ConfigError(
                 f"r is {config.r}; expected r <= {limit} for {name} by method 'lora-ga'"
             )
-    batches = estimation_batches(config, samples, pad_token_id, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    count = fixed_count(config, len(samples))
+    batches = start_batches(config, samples, pad_token_id, device, count)
 
     def backward() -> None:
         for batch in batches:

@@ -8,9 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_kernels.train.batching import Collator
-from lorasb_kernels.train.encoding import Encoder
 from lorasb_kernels.train.errors import ConfigError, DataError
-from lorasb_kernels.train.methods import estimation_batches
 from lorasb_kernels.train.run import finetune
 from tests.train.conftest import reviews, sums, tiny_config
 
@@ -184,23 +182,6 @@ def test_settings_that_do_not_fit_the_method_are_named(settings, message):
 def test_rows_that_do_not_fit_are_an_error(llama, tmp_path):
     with pytest.raises(DataError, match=r"max_length = 4 tokens cuts .* leaves out 8"):
         finetune(tiny_config(llama, tmp_path, max_length=4), sums(8))
-
-
-@pytest.mark.parametrize(
-    ("share", "minimum", "expected"), [(0.001, 8, 8), (0.5, 8, 48), (0.001, 500, 96)]
-)
-def test_the_update_is_estimated_from_a_share_with_a_minimum(
-    llama, tmp_path, tokenizer, share, minimum, expected
-):
-    config = tiny_config(llama, tmp_path, init_share=share, init_minimum=minimum)
-    samples = Encoder(tokenizer, 32).examples(sums(96))
-    batches = estimation_batches(config, samples, 0, torch.device("cpu"))
-    assert sum(len(batch["input_ids"]) for batch in batches) == expected
-    assert max(len(batch["input_ids"]) for batch in batches) <= config.batch_size
-    again = estimation_batches(config, samples, 0, torch.device("cpu"))
-    assert all(
-        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True)
-    )
 
 
 def test_the_result_is_written(llama, tmp_path):

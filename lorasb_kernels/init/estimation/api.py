@@ -78,6 +78,22 @@ def estimate_gradients(
         FloatingPointError: a loss or gradient that is not finite; names batch and layer.
         RuntimeError: estimation failed on another rank.
     """
+    estimation = prepared(model, batches, targets, options, progress)
+    budget = _budget(estimation)
+    strategy = options.strategy
+    if strategy == "auto":
+        strategy = _choose(estimation, budget)
+    return _run(estimation, strategy, budget)
+
+
+def prepared(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Iterable[str],
+    options: EstimationOptions,
+    progress: bool = False,
+) -> Estimation:
+    """Checks the arguments of `estimate_gradients`; nothing has run yet."""
     if not isinstance(options, EstimationOptions):
         raise TypeError(f"options is a {type(options).__name__}; expected EstimationOptions")
     model = _unwrapped(model)
@@ -85,12 +101,7 @@ def estimate_gradients(
     device = next(iter(layers.values())).weight.device
     with ranks.in_step(device), random_state_kept():
         batches = _listed(batches)
-    estimation = Estimation(model, layers, batches, options, progress)
-    budget = _budget(estimation)
-    strategy = options.strategy
-    if strategy == "auto":
-        strategy = _choose(estimation, budget)
-    return _run(estimation, strategy, budget)
+    return Estimation(model, layers, batches, options, progress)
 
 
 def _run(
@@ -199,4 +210,4 @@ def _listed(batches: Iterable[Any] | None) -> list[Any]:
     return batches
 
 
-__all__ = ["estimate_gradients", "estimate_updates"]
+__all__ = ["estimate_gradients", "estimate_updates", "prepared"]

@@ -52,8 +52,12 @@ class GradientSums:
         for name in names:
             weight = self.layers[name].weight
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            shape = (self.layers[name].out_features, self.layers[name].in_features)
+            shape = (self._rows(self.layers[name]), self.layers[name].in_features)
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    def _rows(self, layer: nn.Linear) -> int:
+        """Rows of a layer's accumulator."""
+        return layer.out_features
 
     def pop(self, name: str) -> torch.Tensor:
         """Returns the accumulator of `name` and drops its own reference to it."""
