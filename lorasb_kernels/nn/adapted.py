@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # One call for torch.fx, as nn.Linear is: its checks and its choice of a backend want tensors.
 torch.fx.wrap("lorasb_linear")
 
+_TENSORS = ("weight", "lora_A", "lora_R", "lora_B", "bias")
+
 
 class AdaptedLinear(nn.Linear):
     """`y = x (W + s·B·R·A)ᵀ + bias` with W and bias frozen: the base of all adapted layers.
@@ -47,6 +49,7 @@ class AdaptedLinear(nn.Linear):
     """
 
     trained: ClassVar[tuple[str, ...]] = ()
+    optimal_gradient = False
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     lora_R: torch.Tensor | None
@@ -227,18 +230,32 @@ class AdaptedLinear(nn.Linear):
             output = self.shared_input.forward(self, x)
             if output is not None:
                 return output
+        weight, lora_A, lora_R, lora_B, bias = self._tensors()
         return lorasb_linear(
             x,
-            self.frozen_weight(),
-            self.lora_A,
-            self.core(),
-            self.lora_B,
-            self.bias,
+            self.frozen_weight() if weight is None else weight,
+            lora_A,
+            self.core() if self.optimal_gradient else lora_R,
+            lora_B,
+            bias,
             self.scaling,
             self.dropout,
             self.training,
             self.backend,
         )
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """W (None: quantized), A, R, B and bias.
+
+        Taken from where `nn.Module` keeps them: to find them, as attributes, it takes a
+        microsecond each. Those that something turned into attributes (FSDP) or computes
+        (parametrizations) are not there.
+        """
+        held = {**self._buffers, **self._parameters}
+        try:
+            return tuple([held[name] for name in _TENSORS])
+        except KeyError:
+            return tuple([getattr(self, name) for name in _TENSORS])
 
     def get_delta_weight(self) -> torch.Tensor:
         """`s·B·R·A`, [m, n], computed and returned in fp32 (fp64 with an fp64 weight)."""
@@ -251,7 +268,7 @@ class AdaptedLinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether the weight includes the adapter."""
-        return self.merged_A is not None
+        return self._buffers.get("merged_A") is not None
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, keep_original: bool = False) -> None:

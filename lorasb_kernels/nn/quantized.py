@@ -72,7 +72,7 @@ class _Quantized(AdaptedLinear):
     @property
     def merged(self) -> bool:
         """Whether the layer computes with a merged weight."""
-        return self.weight is not None
+        return self._parameters.get("weight") is not None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The merged weight is computed from the rest and is no part of the state."""

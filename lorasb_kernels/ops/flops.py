@@ -34,6 +34,9 @@ def _register(operator: str) -> None:
     formula = _formulas[operator]
     counted = sys.modules[_COUNTER].register_flop_formula(getattr(torch.ops.lorasb, operator))
     counted(lambda *args, out_shape=None, **kwargs: formula(*args, **kwargs))
+    # Adding to an input gradient in place; torch has a formula for addmm alone.
+    if torch.ops.aten.addmm_ not in sys.modules[_COUNTER].flop_registry:
+        sys.modules[_COUNTER].register_flop_formula(torch.ops.aten.addmm_)(_addmm)
 
 
 def _addmm(into: Shape, left: Shape, right: Shape, **_) -> int:
@@ -58,9 +61,6 @@ class _RegisterOnImport(MetaPathFinder):
             execute(module)
             for operator in _formulas:
                 _register(operator)
-            # Adding to an input gradient in place; torch has a formula for addmm alone.
-            if torch.ops.aten.addmm_ not in module.flop_registry:
-                module.register_flop_formula(torch.ops.aten.addmm_)(_addmm)
 
         spec.loader.exec_module = execute_and_register
         return spec

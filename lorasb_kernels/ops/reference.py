@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from lorasb_kernels.ops.bitplanes import UNPACKED_AT_ONCE, panels, signs_of, unpack
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.token_rows import accumulator_dtype
-from lorasb_kernels.ops.two_call import two_call, two_products
+from lorasb_kernels.ops.two_call import two_call, two_call_input_gradient
 
 # Tokens converted to fp32 at a time; this bounds the size of the copies of 16-bit operands.
 CHUNK = 2048
@@ -40,7 +40,7 @@ def shrink(x, lora_A, lora_R, scaling, dropout, seed):
     if dropout > 0:
         mask = keep_mask(*x.shape, dropout, seed)
         x = torch.where(mask, x * (1 / (1 - dropout)), 0)
-    h = torch.mm(x, lora_A.t())
+    h = F.linear(x, lora_A)
     return h, _through_core(h, None if lora_R is None else lora_R.t(), scaling)
 
 
@@ -64,11 +64,13 @@ def expand(x, weight, p, factor, bias, dropout, seed):
 
 def core_backward(dy, h, lora_B, lora_R, scaling):
     """q = s · g R [M, r] and dR = s · gᵀ h [r, r] from g = dy B, in the dtype of R."""
-    g = _in_dtype(torch.mm(dy, lora_B), lora_R.dtype)
+    g = torch.mm(dy, lora_B)
+    if g.dtype != lora_R.dtype:
+        g, h = g.to(lora_R.dtype), h.to(lora_R.dtype)
     if scaling != 1:
         g.mul_(scaling)
-    dR = torch.mm(g.t(), _in_dtype(h, lora_R.dtype))
-    return _in_dtype(torch.mm(g, lora_R), dy.dtype), dR
+    q = torch.mm(g, lora_R)
+    return q if q.dtype == dy.dtype else q.to(dy.dtype), torch.mm(g.t(), h)
 
 
 def core_input_gradient(dy, lora_B, lora_R, scaling):
@@ -79,14 +81,15 @@ def core_input_gradient(dy, lora_B, lora_R, scaling):
 def input_gradient(dy, weight, q, lora_A, dropout, seed):
     """dx = dy W + drop(q A) [M, n]."""
     if dropout == 0:
-        return two_products(dy, weight, q, lora_A)
+        return two_call_input_gradient(dy, weight, q, lora_A)
     return expand(dy, weight.t(), q, lora_A.t(), None, dropout, seed)
 
 
 def factor_gradient(left, rows, dropout, seed):
     """leftᵀ drop(rows): dA [r, n] from (q, x), or dB [m, r] transposed from (p, dy)."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    left, rows = _in_dtype(left, dtype), _in_dtype(rows, dtype)
+    if rows.dtype != dtype:
+        left, rows = left.to(dtype), rows.to(dtype)
     if dropout > 0:
         rows = torch.where(keep_mask(*rows.shape, dropout, seed), rows, 0)
         return torch.mm(left.t(), rows).mul_(1 / (1 - dropout))
@@ -95,15 +98,14 @@ def factor_gradient(left, rows, dropout, seed):
 
 def _through_core(rows, core, scaling):
     """s · rows · core [M, r] in the dtype of `rows`, computed in that of the core."""
-    out = rows if core is None else torch.mm(_in_dtype(rows, core.dtype), core)
+    # `to` costs a microsecond also where there is nothing to convert.
+    if core is None:
+        return rows if scaling == 1 else rows * scaling
+    convert = rows.dtype != core.dtype
+    out = torch.mm(rows.to(core.dtype) if convert else rows, core)
     if scaling != 1:
-        out = out * scaling
-    return _in_dtype(out, rows.dtype)
-
-
-def _in_dtype(tensor, dtype):
-    """`tensor.to(dtype)`, a microsecond faster where it is that already."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+        out.mul_(scaling)
+    return out.to(rows.dtype) if convert else out
 
 
 def sign_accumulate(acc, grad_output, x, row_weight):

@@ -13,6 +13,7 @@ frozen product goes first.
 """
 
 import torch
+import torch.nn.functional as F
 
 FROZEN_FIRST_FROM = 8192  # elements of the contraction
 
@@ -25,22 +26,18 @@ def two_call(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """`x Wᵀ + p · factorᵀ + bias`, [M, N]; arguments as for `expand`."""
-    return two_products(x, weight.t(), p, factor.t(), bias)
-
-
-def two_products(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    p: torch.Tensor,
-    factor: torch.Tensor,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`x · weight + p · factor + bias`, [M, N], with weight [K, N] and factor [r, N]."""
-    first, second = (p, factor), (x, weight)
     if x.shape[1] >= FROZEN_FIRST_FROM:
-        first, second = second, first
-    y = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
-    return y.addmm_(*second)
+        return F.linear(x, weight, bias).addmm_(p, factor.t())
+    return F.linear(p, factor, bias).addmm_(x, weight.t())
 
 
-__all__ = ["FROZEN_FIRST_FROM", "two_call", "two_products"]
+def two_call_input_gradient(
+    dy: torch.Tensor, weight: torch.Tensor, q: torch.Tensor, lora_A: torch.Tensor
+) -> torch.Tensor:
+    """`dy W + q A`, [M, n]: `two_call` on Wᵀ and Aᵀ, without the views."""
+    if dy.shape[1] >= FROZEN_FIRST_FROM:
+        return torch.mm(dy, weight).addmm_(q, lora_A)
+    return torch.mm(q, lora_A).addmm_(dy, weight)
+
+
+__all__ = ["FROZEN_FIRST_FROM", "two_call", "two_call_input_gradient"]

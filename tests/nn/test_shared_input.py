@@ -56,7 +56,7 @@ def test_models_compute_the_same_with_groups(architecture):
 
 def count_projections(monkeypatch):
     """Appends the number of layers of each projection to the list returned."""
-    from lorasb_kernels.ops.lorasb_linear import autograd, siblings
+    from lorasb_kernels.ops.lorasb_linear import api, autograd, siblings
 
     calls, forward, shrink_group = [], autograd.forward, siblings.shrink_group
 
@@ -68,7 +68,8 @@ def count_projections(monkeypatch):
         calls.append(len(lora_As))
         return shrink_group(x, lora_As, *arguments)
 
-    monkeypatch.setattr(autograd, "forward", counting)
+    for module in (api, autograd):  # without an autograd node, and in one
+        monkeypatch.setattr(module, "forward", counting)
     monkeypatch.setattr(siblings, "shrink_group", counting_group)
     return calls
 

@@ -22,21 +22,28 @@ tensors. It is given h and p, and leaves dx to the node of the common input.
 import torch
 
 from lorasb_kernels.ops.dispatch import PLAIN_TENSORS, is_observed
-from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer, adapted_product, dense
-from lorasb_kernels.ops.lorasb_linear.operands import as_rows, in_dtype
+from lorasb_kernels.ops.lorasb_linear.frozen import FrozenLayer, dense
+from lorasb_kernels.ops.lorasb_linear.operands import as_rows
 from lorasb_kernels.ops.lorasb_linear.operations import Operations, operations
 
 
 def forward(x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed, run: Operations):
     """y [..., m], and h and p [M, r]; arguments as for `LoRASBFunction`."""
-    rows = as_rows(x)
-    h, p = run.shrink(rows, in_dtype(lora_A, x.dtype), lora_R, scaling, dropout, seed)
+    rows, dtype = as_rows(x), x.dtype
+    if lora_A.dtype != dtype:
+        lora_A = lora_A.to(dtype)
+    h, p = run.shrink(rows, lora_A, lora_R, scaling, dropout, seed)
     return output(x, rows, weight, p, lora_B, bias, run), h, p
 
 
 def output(x, rows, weight, p, lora_B, bias, run: Operations) -> torch.Tensor:
     """y [..., m] from x [..., n], its rows [M, n] and p [M, r]; no view of another tensor."""
-    y = adapted_product(rows, weight, p, in_dtype(lora_B, x.dtype), bias, run.expand)
+    if lora_B.dtype != x.dtype:
+        lora_B = lora_B.to(x.dtype)
+    if isinstance(weight, FrozenLayer):
+        y = weight.multiply(rows).to(x.dtype).addmm_(p, lora_B.t())
+    else:
+        y = run.expand(rows, weight, p, lora_B, bias, 0.0, None)
     # Autograd would forbid writing to a view in place.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
@@ -103,19 +110,23 @@ def _backward(ctx, dy):
     direct = ctx.direct and type(dy) in PLAIN_TENSORS and not is_observed()
     run = operations(ctx.backend, direct)
     rows = as_rows(dy)
+    if lora_A.dtype != dtype:
+        lora_A = lora_A.to(dtype)
+    if lora_B.dtype != dtype:
+        lora_B = lora_B.to(dtype)
     linked = ctx.link is not None and ctx.link.needed()
     q = dx = dA = dR = dB = dtoken = None
     if trains_R:
-        q, dR = run.core_backward(rows, h, in_dtype(lora_B, dtype), lora_R, scaling)
+        q, dR = run.core_backward(rows, h, lora_B, lora_R, scaling)
     elif trains_x or trains_A or linked:
-        q = run.core_input_gradient(rows, in_dtype(lora_B, dtype), lora_R, scaling)
+        q = run.core_input_gradient(rows, lora_B, lora_R, scaling)
     if trains_A:
         dA = run.gradient_of_A(q, as_rows(x), dropout, seed)
     if trains_B:
         dB = run.gradient_of_B(p, rows)
     if trains_x:
-        frozen = dense(ctx.frozen or weight, dtype)
-        dx = run.input_gradient(rows, frozen, q, in_dtype(lora_A, dtype), dropout, seed)
+        frozen = weight if ctx.frozen is None else dense(ctx.frozen, dtype)
+        dx = run.input_gradient(rows, frozen, q, lora_A, dropout, seed)
         if dy.dim() != 2:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
     if linked:

@@ -13,8 +13,7 @@ _backends: dict[tuple, str] = {}
 
 def _key(backend, x, weight, lora_A, lora_R, lora_B, bias, scaling, dropout) -> tuple:
     return (
-        *(backend, scaling, dropout, x.is_nested),
-        *(type(x), x.dtype, x.device, x.shape[-1]),
+        *(backend, scaling, dropout, type(x), x.dtype, x.device, x.shape[-1]),
         *(type(weight), weight.dtype, weight.device, weight.shape, weight.requires_grad),
         *(type(lora_A), lora_A.dtype, lora_A.device, lora_A.shape),
         *(type(lora_B), lora_B.dtype, lora_B.device, lora_B.shape),

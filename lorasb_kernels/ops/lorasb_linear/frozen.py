@@ -30,16 +30,9 @@ class FrozenLayer:
     dense: Callable[[], torch.Tensor]
 
 
-def adapted_product(x, weight, p, lora_B, bias, expand: Callable) -> torch.Tensor:
-    """`x Wᵀ + p Bᵀ + bias`, [M, m] in the dtype of `x`, for a plain W or a `FrozenLayer`."""
-    if isinstance(weight, FrozenLayer):
-        return weight.multiply(x).to(x.dtype).addmm_(p, lora_B.T)
-    return expand(x, weight, p, lora_B, bias, 0.0, None)
-
-
 def dense(weight: torch.Tensor | FrozenLayer, dtype: torch.dtype) -> torch.Tensor:
     """W as a plain tensor; what a `FrozenLayer` returns is cast to `dtype`."""
     return weight.dense().to(dtype) if isinstance(weight, FrozenLayer) else weight
 
 
-__all__ = ["FrozenLayer", "adapted_product", "dense"]
+__all__ = ["FrozenLayer", "dense"]

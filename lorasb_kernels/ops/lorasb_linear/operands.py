@@ -32,11 +32,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, without that call where it has the dtype already."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 def core_or_identity(lora_R: torch.Tensor | None, lora_A: torch.Tensor, dtype: torch.dtype):
     """R; for a layer without one the identity [r, r] in fp32 (fp64 with fp64 operands).
 
@@ -49,4 +44,4 @@ def core_or_identity(lora_R: torch.Tensor | None, lora_A: torch.Tensor, dtype: t
     return torch.eye(lora_A.shape[0], dtype=dtype, device=lora_A.device)
 
 
-__all__ = ["as_rows", "cast_input", "cast_layer", "core_or_identity", "in_dtype"]
+__all__ = ["as_rows", "cast_input", "cast_layer", "core_or_identity"]
