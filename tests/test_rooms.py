@@ -31,7 +31,7 @@ ROOMS = (
     ("functional",),
     ("config",),
     ("ops",),
-    ("quantization",),
+    ("quantization", "hardware"),
     ("utils",),
 )
 LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}

@@ -289,21 +289,19 @@ def compile_kernel(function, arguments: dict[str, object], constants: dict[str, 
 def report(variant: Variant) -> Report:
     """Compiles a variant and reads what it takes."""
     compiled = compile_variant(variant)
-    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    registers, stack = registers_and_stack(compiled.asm["cubin"])
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     blocks = blocks_per_sm(variant.arch, registers, shared, variant.tile.num_warps)
     widths = collections.Counter(
         int(size, 0)
         for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
     )
-    block = {k: v for k, v in variant.tile.launch_options().items() if k.startswith("BLOCK")}
-    options = f"{variant.tile.num_warps} warps, {variant.tile.num_stages} stages"
     return Report(
         kernel=variant.kernel,
         case=variant.case,
         arch=variant.arch,
         dtype=variant.dtype,
-        tile=f"{'×'.join(map(str, block.values()))}, {options}",
+        tile=str(variant.tile),
         registers=registers,
         stack=stack,
         shared=shared,
@@ -317,7 +315,7 @@ def report(variant: Variant) -> Report:
     )
 
 
-def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from lorasb_kernels.profiling.gpus import find_gpu
+    from lorasb_kernels.hardware.gpus import find_gpu
     from lorasb_kernels.profiling.measurement import measure
     from lorasb_kernels.profiling.prediction import model_kinds, predict, prediction_errors
     from lorasb_kernels.profiling.results import read_all

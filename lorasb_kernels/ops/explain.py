@@ -34,7 +34,7 @@ class Step:
     reason: str
 
     def __str__(self) -> str:
-        tile = "" if self.tile is None else f" [{_brief(self.tile)}]"
+        tile = "" if self.tile is None else f" [{self.tile}]"
         return f"{self.operation}: {self.runs}{tile} ({self.reason})"
 
 
@@ -157,12 +157,6 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained, device) -> tuple
         *(gradients[name] for name in trained),
         product("dx", n, m, transposed=True, masked=drops),
     )
-
-
-def _brief(tile: Tile) -> str:
-    options = tile.launch_options()
-    blocks = "×".join(str(v) for k, v in options.items() if k.startswith("BLOCK"))
-    return f"{blocks}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 __all__ = ["Explanation", "Step", "explain"]

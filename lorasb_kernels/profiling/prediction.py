@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorasb_kernels.hardware.gpus import Gpu, find_gpu
 from lorasb_kernels.profiling.costs import WAYS
-from lorasb_kernels.profiling.gpus import Gpu, find_gpu
 from lorasb_kernels.profiling.results import Results, Row
 from lorasb_kernels.profiling.roofline import Ceilings, datasheet_ceilings
 from lorasb_kernels.profiling.shapes import PRESETS, TINY, Layer

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorasb_kernels.hardware.gpus import Gpu
 from lorasb_kernels.profiling.costs import Cost
-from lorasb_kernels.profiling.gpus import Gpu
 from lorasb_kernels.utils.timing import interleave, median
 
 

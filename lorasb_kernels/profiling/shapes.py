@@ -20,12 +20,14 @@ class Preset:
         key: name on the command line.
         groups: layers of one block, those that read the same input together.
         blocks: number of blocks.
+        vocabulary: outputs of the head.
         bias: whether the layers have one.
     """
 
     key: str
     groups: tuple[tuple[Layer, ...], ...]
     blocks: int
+    vocabulary: int
     bias: bool = False
 
     @property
@@ -61,12 +63,12 @@ def encoder(hidden: int, intermediate: int):
 PRESETS = {
     preset.key: preset
     for preset in (
-        Preset("llama-3.2-3b", gated(3072, 8192, 3072, 1024), 28),
-        Preset("mistral-7b", gated(4096, 14336, 4096, 1024), 32),
-        Preset("gemma-2-9b", gated(3584, 14336, 4096, 2048), 42),
-        Preset("roberta-large", encoder(1024, 4096), 24, bias=True),
+        Preset("llama-3.2-3b", gated(3072, 8192, 3072, 1024), 28, 128256),
+        Preset("mistral-7b", gated(4096, 14336, 4096, 1024), 32, 32000),
+        Preset("gemma-2-9b", gated(3584, 14336, 4096, 2048), 42, 256000),
+        Preset("roberta-large", encoder(1024, 4096), 24, 50265, bias=True),
     )
 }
-TINY = Preset("tiny", gated(48, 80, 48, 16), 2)  # to test the code on any machine
+TINY = Preset("tiny", gated(48, 80, 48, 16), 2, 128)  # to test the code on any machine
 
 __all__ = ["PRESETS", "TINY", "Layer", "Preset"]

@@ -11,8 +11,8 @@ from bench import report as report_tool
 from bench.changes import changes, changes_table
 from bench.recording import write
 from bench.report import render
+from lorasb_kernels.hardware.gpus import GPUS
 from lorasb_kernels.profiling.costs import WAYS
-from lorasb_kernels.profiling.gpus import GPUS
 from lorasb_kernels.profiling.prediction import prediction_errors
 from lorasb_kernels.profiling.results import Environment, Row, read, read_all
 from lorasb_kernels.profiling.roofline import datasheet_ceilings

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorasb_kernels.cli.main import main
-from lorasb_kernels.profiling.gpus import GPUS
+from lorasb_kernels.hardware.gpus import GPUS
 from lorasb_kernels.profiling.prediction import model_kinds, predict
 
 

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from bench.contenders import CONTENDERS
 from bench.models import configuration, random_model
+from lorasb_kernels.hardware.gpus import GPUS, find_gpu
 from lorasb_kernels.profiling import costs
-from lorasb_kernels.profiling.gpus import GPUS, find_gpu
 from lorasb_kernels.profiling.roofline import Ceilings, datasheet_ceilings, measure_ceilings
 from lorasb_kernels.profiling.shapes import PRESETS, TINY, Layer
 from lorasb_kernels.profiling.workload import Run, Workload

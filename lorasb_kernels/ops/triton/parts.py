@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Row tiles that reuse a column tile of the other operand while it is in L2.
-GROUP_M = 8
+from lorasb_kernels.ops.triton.tiles import GROUP_M
 
 
 @triton.jit

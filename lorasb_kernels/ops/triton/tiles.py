@@ -48,6 +48,8 @@ LATENCY = 2
 MANY_ROWS = 2048
 # Ranks that a step of the expansion takes, in either kernel of it.
 EXPAND_BLOCK_R = 32
+# Row tiles that reuse a column tile of the other operand while it is in L2.
+GROUP_M = 8
 # The devices that the tables were made for.
 MULTIPROCESSORS = {INTERPRETER: 8, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132}
 
@@ -62,6 +64,11 @@ class Tile:
     def launch_options(self) -> dict[str, int]:
         """Keyword arguments of a launch: the fields by name."""
         return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        options = self.launch_options()
+        blocks = "×".join(str(v) for k, v in options.items() if k.startswith("BLOCK"))
+        return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +381,7 @@ __all__ = [
     "ARCHITECTURES",
     "EXPAND_BLOCK_R",
     "EXPAND_CANDIDATES",
+    "GROUP_M",
     "INTERPRETER",
     "MULTIPROCESSORS",
     "ExpandTile",
