@@ -1,8 +1,9 @@
 """GEMMs that others have published, against the model: its error on known results.
 
 `published_gemms.json` holds the numbers with their sources. The vendor's are predicted as
-`hardware.gemm`, Triton's as this library's fused kernel without a rank, in the best of its tiles. No
-rate was fitted to them: what the model knows of a device is from other sources (`hardware/gpus.py`).
+`hardware.gemm`, Triton's as this library's fused kernel without a rank, in the best of its tiles.
+No rate was fitted to them: what the model knows of a device is from other sources
+(`hardware/gpus.py`).
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ TURNS = 30
 
 @dataclass(frozen=True)
 class Case:
-    """A measured launch or sequence: its name, its predicted time on a GPU, and its measured one."""
+    """A measured launch or sequence: name, predicted seconds on a GPU, measured seconds."""
 
     name: str
     predict: Callable[[Gpu], float]
@@ -54,9 +54,7 @@ def fit(gpu: Gpu, cases: Sequence[Case]) -> Gpu:
     point, best = start, residuals(start)
     damping = 1e-3
     for _ in range(TURNS):
-        columns = [
-            (residuals(point + STEP * unit) - best) / STEP for unit in np.eye(len(RATES))
-        ]
+        columns = [(residuals(point + STEP * unit) - best) / STEP for unit in np.eye(len(RATES))]
         jacobian = np.stack(columns, axis=1)
         normal = jacobian.T @ jacobian
         move = np.linalg.solve(normal + damping * np.eye(len(RATES)), -jacobian.T @ best)

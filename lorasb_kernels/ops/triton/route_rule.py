@@ -44,7 +44,7 @@ ITEMSIZE = 2
 
 
 class Rule(NamedTuple):
-    """A route of `expand_route.ROUTES`, the tile of its kernel, and why."""
+    """A route of `route_files.ROUTES`, the tile of its kernel, and why."""
 
     name: str
     tile: ExpandTile
@@ -65,7 +65,7 @@ def unmeasured_route(
 ) -> Rule:
     """The route of `expand` for M rows, N outputs, a contraction over K and rank r.
 
-    The same for all shapes of a class, as `expand_route.shape_key` has them: M counts as the next
+    The same for all shapes of a class, as `route_decision.Shape.key` has them: M counts as the next
     power of two, r as its tiles.
 
     Args:
