@@ -62,6 +62,19 @@ def test_the_agreement_is_the_cosine_that_sums_reach():
     assert NoiseScale({"a": math.inf}).agreement(9) == 0
 
 
+@pytest.mark.parametrize(("noise", "right"), [(4.0, 0.75), (4 * math.sqrt(0.19) / 0.9, 0.856)])
+def test_the_share_of_right_signs_follows_from_the_cosine(noise, right):
+    """docs/initialization.md: N = B gives 75 %, a cosine of 0.9 gives 86 %."""
+    count, equal = 16, []
+    for seed in range(60):
+        mean, gradients = drawn_gradients(count, 512, noise, seed)
+        equal.append((gradients.sum(0).sign() == mean.sign()).double().mean().item())
+    scale = NoiseScale({"a": noise**2})
+    expected = 1 - math.acos(scale.agreement(count)) / math.pi
+    assert expected == pytest.approx(right, abs=1e-3)
+    assert sum(equal) / len(equal) == pytest.approx(expected, abs=0.01)
+
+
 def test_a_model_is_measured_on_rows_of_its_gradients_and_left_as_it_was():
     """Against the definition, from per-sample gradients of the model's own loss in float64."""
     sizes, names = (1, 1, 2, 1), linear_names(llama())
