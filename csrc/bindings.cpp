@@ -141,6 +141,14 @@ Tensor with_contiguous_columns(const Tensor& tensor) {
   return transpose(torch::stable::contiguous(transpose(tensor, 0, 1)), 0, 1);
 }
 
+// A copy with rows at multiples of 16 bytes.
+Tensor with_aligned_rows(const Tensor& tensor) {
+  const int64_t unit = 16 / tensor.element_size(), columns = tensor.size(1);
+  const int64_t padding[] = {0, (unit - columns % unit) % unit};
+  Tensor padded = torch::stable::pad(tensor, padding);
+  return torch::stable::narrow(padded, 1, 0, columns);
+}
+
 Tensor workspace_of(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
@@ -162,6 +170,7 @@ void check_launch(const lorasb::Launch& launch, const Tensor& a, const Tensor& b
 }
 
 using torch::stable::new_empty;
+using torch::stable::transpose;
 using torch::stable::accelerator::DeviceGuard;
 
 std::tuple<Tensor, Tensor> shrink(const Tensor& x, const Tensor& lora_A, const Tensor& lora_R,
@@ -237,9 +246,10 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
   // The kernel needs weight and factor contiguous in the same dimension. The weight decides which;
   // the factor, which is small, is copied if it differs.
   const bool transposed = !contiguous_along(weight, 1) && contiguous_along(weight, 0);
-  const Tensor x_rows = with_contiguous_rows(x), p_rows = with_contiguous_rows(p);
+  const Tensor x_rows = with_contiguous_rows(x);
   const Tensor w = transposed ? weight : with_contiguous_rows(weight);
-  const Tensor f = transposed ? with_contiguous_columns(factor) : with_contiguous_rows(factor);
+  Tensor p_rows = with_contiguous_rows(p);
+  Tensor f = transposed ? with_contiguous_columns(factor) : with_contiguous_rows(factor);
   Tensor y = new_empty(x, {M, N});
   lorasb::ExpandParams params{};
   params.dtype = dtype;
@@ -250,6 +260,12 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
   params.bias = bias ? bias->const_data_ptr() : nullptr;
   params.dropout = arguments.dropout(dropout, seed);
   params.y = y.mutable_data_ptr();
+  if (lorasb::expand_wants_aligned_rank(params)) {
+    p_rows = with_aligned_rows(p_rows);
+    f = transposed ? transpose(with_aligned_rows(transpose(f, 0, 1)), 0, 1) : with_aligned_rows(f);
+    params.p = matrix_of(p_rows);
+    params.factor = {matrix_of(f, transposed), transposed};
+  }
   check_launch(lorasb::expand(params, current_stream(x)), x, weight);
   return y;
 }

@@ -4,7 +4,8 @@ nvcc compiles the kernels, which include no torch header; g++ compiles `bindings
 the LibTorch stable ABI. No GPU is needed. A file is compiled again only when it, a header
 or its command has changed.
 
-    TORCH_CUDA_ARCH_LIST   architectures, as torch reads it; default 8.0;8.6;8.9;9.0+PTX
+    TORCH_CUDA_ARCH_LIST   architectures, as torch reads it; default 8.0;8.6;8.9;9.0+PTX.
+                           The kernels in `hopper/` are for 9.0a, whatever it names
     LORASB_SKIP_CUDA=1     `pip install` leaves the extension out
     LORASB_FORCE_CUDA=1    `pip install` fails if the extension cannot be built
     CUDA_HOME, MAX_JOBS    toolkit; files compiled at a time
@@ -24,6 +25,7 @@ SOURCE = Path(__file__).resolve().parent
 ROOT = SOURCE.parent
 LIBRARY = ROOT / "lorasb_kernels" / "_C.so"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+HOPPER_ARCHITECTURES = "9.0a"
 TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch that the library loads under
 WARNINGS = ["-Wall", "-Wextra"]
 
@@ -148,8 +150,10 @@ def compile_objects(
     """
     directory.mkdir(parents=True, exist_ok=True)
     kernels = _kernel_command(architectures, list(extra))
+    hopper = _kernel_command(HOPPER_ARCHITECTURES, list(extra))
     bindings = _bindings_command(architectures, torch_include)
     jobs = [(bindings, SOURCE / "bindings.cpp")]
+    jobs += [(hopper, source) for source in sorted(SOURCE.glob("hopper/*.cu"))]
     jobs += [(kernels, source) for source in sorted(SOURCE.glob("*.cu"))]
     objects = [directory / f"{source.stem}.o" for _, source in jobs]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

@@ -3,11 +3,12 @@
 // The second term comes first, so that dropout can be applied to it while nothing else is in the
 // accumulators. Reads x, W, p, B, writes y once; 2·M·N·(K + r) flops.
 //
-// A plain mma.sync product, which cannot reach the rate of wgmma on sm_90: there, two cuBLAS calls
-// are expected to be faster on large shapes. A measurement decides which one is used.
+// A plain mma.sync product, which cannot reach the rate of wgmma. On Hopper hopper/expand_sm90.cu
+// replaces it where the operands allow.
 #include "common/dropout.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
+#include "hopper/expand.h"
 
 namespace lorasb {
 namespace {
@@ -157,11 +158,18 @@ Launch expand_layout(const ExpandParams& params, cudaStream_t stream) {
 }  // namespace
 
 Launch expand(const ExpandParams& params, cudaStream_t stream) {
+  if (hopper::takes_expand(params)) return hopper::expand(params, stream);
   return dispatch(params.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return params.weight.transposed ? expand_layout<T, true>(params, stream)
                                     : expand_layout<T, false>(params, stream);
   });
+}
+
+bool expand_wants_aligned_rank(const ExpandParams& params) {
+  ExpandParams aligned = params;
+  aligned.p.copy_bytes = aligned.factor.matrix.copy_bytes = 16;
+  return hopper::takes_expand(aligned) && !hopper::takes_expand(params);
 }
 
 }  // namespace lorasb

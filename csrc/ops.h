@@ -93,6 +93,10 @@ struct ExpandParams {
 };
 Launch expand(const ExpandParams& params, cudaStream_t stream);
 
+// Whether copies of p and factor with rows at multiples of 16 bytes would let `expand` take its
+// kernel for Hopper.
+bool expand_wants_aligned_rank(const ExpandParams& params);
+
 // G = (w ⊙ dy)ᵀ x, either added to `acc` or reduced to its signs.
 struct SignGradientParams {
   DType dtype;

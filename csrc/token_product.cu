@@ -33,13 +33,6 @@ struct TokenProductTraits {
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
 };
 
-__device__ inline float2 unpack(uint32_t pair, bf16) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
-__device__ inline float2 unpack(uint32_t pair, fp16) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
 // warp_multiply for 16-bit elements with the rows of A, its contraction indices, weighted.
 template <class Tile, int MI, int NI>
 __device__ inline void warp_multiply_weighted(float (&acc)[MI][NI][4], const typename Tile::T* a,

@@ -24,6 +24,22 @@ __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x)
 template <>
 __device__ inline float from_float<float>(float x) { return x; }
 
+// Two elements in a word, the first in its low half.
+__device__ inline float2 unpack(uint32_t pair, bf16) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+__device__ inline float2 unpack(uint32_t pair, fp16) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+__device__ inline uint32_t pack(float low, float high, bf16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ inline uint32_t pack(float low, float high, fp16) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 template <typename T>
 struct Type {
   using type = T;

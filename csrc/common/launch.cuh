@@ -22,11 +22,19 @@ Launch launch(void (*kernel)(Params), const char* name, dim3 grid, int threads,
   return result;
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 1;
+// An attribute of the current device; `otherwise` if it is not known.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = otherwise;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : otherwise;
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+
+// Compute capability 9.0: kernels compiled for sm_90a run there and nowhere else.
+inline bool is_hopper() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor, 0) == 0;
 }
 
 }  // namespace lorasb

@@ -3,6 +3,7 @@
 // Linked with the extension's own object files instead of cudart: the bindings and launchers
 // run as they are, on CPU tensors, and each kernel launch is handed to a callback, which
 // executes the kernel's PTX. Functions called __wrap_x are reached through the linker's --wrap.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -17,9 +18,16 @@ using RecordTensor = void (*)(const void* data, int64_t bytes);
 using RunKernel = int (*)(const char* name, const unsigned* grid_and_block, const void* params,
                           size_t shared_bytes);
 
+using EncodeMap = int (*)(void* map, unsigned type, unsigned rank, uint64_t data,
+                          const cuuint64_t* sizes, const cuuint64_t* strides,
+                          const cuuint32_t* box, const cuuint32_t* steps, unsigned swizzle,
+                          unsigned fill);
+
 RecordTensor record_tensor = nullptr;
 RunKernel run_kernel = nullptr;
+EncodeMap encode_map = nullptr;
 int multiprocessors = 2;
+int capability[] = {8, 6};
 cudaError_t last_error = cudaSuccess;
 
 struct Kernel {
@@ -53,16 +61,32 @@ void record(AtenTensorHandle tensor, const void* data) {
   record_tensor(data, extent * aoti_torch_dtype_element_size(dtype));
 }
 
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
+                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                      const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                      CUtensorMapFloatOOBfill fill) {
+  const bool refused = interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+                       encode_map(map, type, rank, reinterpret_cast<uint64_t>(data), sizes,
+                                  strides, box, steps, swizzle, fill);
+  return refused ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void simulator_connect(RecordTensor record, RunKernel run) {
+EXPORT void simulator_connect(RecordTensor record, RunKernel run, EncodeMap encode) {
   record_tensor = record;
   run_kernel = run;
+  encode_map = encode;
 }
 
-EXPORT void simulator_set_multiprocessors(int count) { multiprocessors = count; }
+EXPORT void simulator_set_device(int count, int major, int minor) {
+  multiprocessors = count;
+  capability[0] = major;
+  capability[1] = minor;
+}
 
 extern "C" {
 
@@ -163,8 +187,21 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = multiprocessors; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = capability[0]; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: *value = capability[1]; return cudaSuccess;
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = !std::strcmp(name, "cuTensorMapEncodeTiled");
+  *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import ptxcheck
+from ptxcheck.tensormap import TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simulator"
@@ -83,7 +84,8 @@ def kernel_texts() -> dict[str, str]:
         header = re.sub(r"^(?:\.extern|\.file).*", "", head, flags=re.MULTILINE)
         for entry in entries:
             name = re.search(r"\.entry (\w+)", entry)[1]
-            texts[name] = f"{header}\n{shared}\n{entry[: entry.index(chr(10) + '}') + 2]}\n"
+            body = re.split(r"^\s*\.section", entry, maxsplit=1, flags=re.MULTILINE)[0]
+            texts[name] = f"{header}\n{shared}\n{body}\n"
     return texts
 
 
@@ -116,23 +118,36 @@ class Simulator:
             ctypes.c_void_p,
             ctypes.c_size_t,
         )(self._on_launch)
-        self._library.simulator_connect(self._record, self._run)
+        self._encode = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.c_void_p,
+            *(ctypes.c_uint, ctypes.c_uint, ctypes.c_uint64),
+            *(ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint64)),
+            *(ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32)),
+            *(ctypes.c_uint, ctypes.c_uint),
+        )(self._on_tensor_map)
+        self._library.simulator_connect(self._record, self._run, self._encode)
         self._options: dict = {}
         self._launches: list[Launch] = []
         self._refuse = False
 
     @contextlib.contextmanager
     def running(
-        self, multiprocessors: int = 2, refuse: bool = False, **options
+        self,
+        multiprocessors: int = 2,
+        refuse: bool = False,
+        capability: tuple[int, int] = (8, 6),
+        **options,
     ) -> Iterator[list[Launch]]:
         """Runs operators called inside; yields the list of their launches.
 
         Args:
             multiprocessors: how many the device reports; decides how work is split.
+            capability: of the device; the kernels are those of sm_86, and at 9.0 of sm_90a, too.
             refuse: fail every launch, like a device without resources.
             options: of ptxcheck's `launch`; race and initialization checks are on.
         """
-        self._library.simulator_set_multiprocessors(multiprocessors)
+        self._library.simulator_set_device(multiprocessors, *capability)
         self._options = {"check_races": True, "check_uninit": True, **options}
         self._spans, self._failure, self._launches = [], None, []
         self._refuse = refuse
@@ -164,6 +179,28 @@ class Simulator:
         except Exception as failure:
             self._failure = failure
             return 1
+
+    def _on_tensor_map(
+        self, out, dtype, rank, data, sizes, strides, box, steps, swizzle, fill
+    ) -> int:
+        """Encodes a tensor map; 1 if it is none that CUDA would encode."""
+        names = {number: name for name, (number, _) in TYPES.items()}
+        try:
+            tensor_map = ptxcheck.TensorMap(
+                data,
+                names[dtype],
+                sizes[:rank],
+                strides[: rank - 1],
+                box[:rank],
+                steps[:rank],
+                swizzle=(0, 32, 64, 128)[swizzle],
+                nan_fill=bool(fill),
+            )
+        except Exception as failure:
+            self._failure = failure
+            return 1
+        ctypes.memmove(out, tensor_map.pack(), 128)
+        return 0
 
     def _map(self, memory) -> None:
         """Maps the recorded spans, merged where they overlap, at their own addresses."""
