@@ -112,8 +112,11 @@ def test_the_demonstration_from_end_to_end(llama, tmp_path, monkeypatch, capsys)
     result = sarcasm.run_demo(str(tmp_path / "demo"))
     assert result.trainable == 14 * 16 * 16
     output = capsys.readouterr().out
-    for text in ("accuracy", "loss", "initialize", "train", "total"):
+    for text in ("accuracy", "loss", "initialize", "train", "total", "from 4-bit weights"):
         assert text in output
+    shown = output.partition("the first held-out headlines")[2]
+    assert shown.count("Sarcastic?") == sarcasm.SHOWN
+    assert f"chat --run {tmp_path / 'demo'}" in shown.partition("What next:")[2]
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"adapter", "checkpoint-4", "merged", "loss.png", "result.json"} <= names
     assert (tmp_path / "demo" / "merged" / "model.safetensors").exists()

@@ -1,11 +1,14 @@
 """The demonstration: SmolLM2-135M-Instruct learns to tell sarcastic headlines from others.
 
-LoRA-SB at r = 16 on all 210 linear layers trains 53,760 numbers. From a real model and real
-data to a merged model that plain transformers loads.
+LoRA-SB at r = 16 on all 210 linear layers trains 53,760 numbers. From a real model (its weights
+come as a 4-bit GGUF, dequantized to float32) and real data to a merged model that plain
+transformers loads.
 """
 
 import shutil
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -28,6 +31,7 @@ from lorasb_kernels.utils.files import atomic_folder
 STEPS = 60
 BATCH = 16
 HELD_OUT = 300
+SHOWN = 6
 LEARNING_RATE = 5e-3
 # η of LoRA-SB's update. The schedule's first learning rate, 1.25e-3, is too large for this model:
 # training would start at a loss of 6 and need a dozen steps to recover.
@@ -92,12 +96,13 @@ def run_demo(output_dir: str) -> Result:
             model.save_pretrained(building)
             encoder.tokenizer.save_pretrained(building)
     with clock.phase("answer"):
-        question = test_rows[0].instruction
-        answer = ask(folder / "merged", encoder, question)
+        answers = ask(folder / "merged", encoder, test_rows[:SHOWN])
     curve = Curve(config.method, config.r, result.losses)
     save_png(loss_figure([curve], "SmolLM2-135M, headlines"), folder / "loss.png")
     result.seconds |= clock.seconds | {"total": time.perf_counter() - start}
-    console.print(summary(result, question, answer, folder))
+    console.print(summary(result, folder))
+    console.print(answers_table(test_rows[:SHOWN], answers))
+    console.print(what_next(folder), soft_wrap=True)
     return result
 
 
@@ -114,28 +119,51 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def ask(merged: Path, encoder: Encoder, question: str) -> str:
-    """The exported model's answer, as plain transformers loads it."""
+def ask(merged: Path, encoder: Encoder, rows: Sequence[Example]) -> list[str]:
+    """The exported model's answers, as plain transformers loads it."""
     model = AutoModelForCausalLM.from_pretrained(merged)
-    return generate(model, encoder, [encoder.question(Example(question, ""))], max_new_tokens=8)[0]
+    return generate(model, encoder, [encoder.question(row) for row in rows], max_new_tokens=8)
 
 
-def summary(result: Result, question: str, answer: str, folder: Path) -> Table:
+def answers_table(rows: Sequence[Example], answers: Sequence[str]) -> Table:
+    """What the exported model says to the first held-out headlines, and what is right."""
+    table = Table(title="the first held-out headlines")
+    table.add_column("asked")
+    table.add_column("answered")
+    table.add_column("right")
+    for row, answer in zip(rows, answers, strict=True):
+        style = "green" if answer.strip() == row.response else "red"
+        table.add_row(row.instruction, f"[{style}]{answer.strip()}[/]", row.response)
+    return table
+
+
+def what_next(folder: Path) -> str:
+    """Commands that go on from the demonstration; `lorasb` is where this Python has its scripts."""
+    lorasb = Path(sys.executable).with_name("lorasb")
+    data = "--data chats.jsonl --output-dir out/mine"
+    return (
+        "What next:\n"
+        f"  ask it           {lorasb} chat --run {folder}\n"
+        f"  your own data    {lorasb} train --model {assets.smollm2()} {data}\n"
+        "  other settings   docs/settings.md, docs/training.md\n"
+        "  serve it         docs/serving.md"
+    )
+
+
+def summary(result: Result, folder: Path) -> Table:
     """What was trained, what it reached, how long each part took, where things are."""
     table = Table(title="LoRA-SB demonstration", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     losses = [loss for _, loss in result.losses]
     error = standard_error(result.after, HELD_OUT)
-    table.add_row("model", "SmolLM2-135M-Instruct, 210 linear layers, r = 16")
+    table.add_row("model", "SmolLM2-135M-Instruct (from 4-bit weights, Q4_1), r = 16")
     table.add_row("trained", f"{result.trainable:,} numbers, {result.steps} steps of {BATCH}")
     table.add_row("loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")
     table.add_row(
         "accuracy",
         f"{result.before:.3f} → {result.after:.3f} (± {error:.3f}, {HELD_OUT} held-out headlines)",
     )
-    table.add_row("asked", question)
-    table.add_row("answered", answer)
     table.add_section()
     for phase, seconds in result.seconds.items():
         table.add_row(phase, minutes(seconds))
