@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ COMMANDS = {
     "version": "show the versions of the library and of its dependencies",
 }
 
+# Loggers of packages that peft and transformers import; what they warn of is not the user's.
+NOISY = ("torchao", "torch.utils._pytree")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; nothing heavy is imported."""
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 2 for input that cannot be used, 1 for a loss or
     a gradient that is not finite."""
     options = build_parser().parse_args(arguments)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return options.run(options) or 0
     except ModuleNotFoundError as error:

@@ -40,6 +40,12 @@ def test_help_imports_neither_torch_nor_transformers():
     assert done.stdout.split() == ["False", "False"]
 
 
+def test_packages_that_are_imported_on_the_way_stay_silent(llama):
+    command = [sys.executable, "-m", "lorasb_kernels.cli.main", "describe", str(llama), "--r", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_version(capsys):
     assert main(["version"]) == 0
     printed = capsys.readouterr().out
