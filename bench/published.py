@@ -3,7 +3,7 @@
 `published_gemms.json` holds the numbers with their sources. The vendor's are predicted as
 `hardware.gemm`, Triton's as this library's fused kernel without a rank, in the best of its tiles.
 No rate was fitted to them: what the model knows of a device is from other sources
-(`hardware/gpus.py`).
+(`hardware/gpus.py`). Its form was not blind to them; the page says what was added after a look.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Show what the adapted layers of a model cost: time, share of the roofline, memory.
 
-Measures on this machine's GPU and writes a Chrome trace. With --gpu it predicts a lower bound for
-another GPU instead; a prediction is marked as one.
+Measures on this machine's GPU, writes a Chrome trace, and compares the performance model with what
+it measured. With --gpu it predicts instead: a lower bound for the model, then the time of each
+limit of every kernel, and the block's multiple over the frozen one; predictions are marked.
 
     lorasb profile --model mistral-7b --rank 96 --tokens 8192
     lorasb profile --model <folder or hub id> --rank 96 --tokens 8192 --gpu a6000
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=96, help="default 96")
     parser.add_argument("--tokens", type=int, default=8192, help="default 8192")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--gpu", help="predict for a6000, a100, l40s, rtx4090, h100 or h200")
+    parser.add_argument("--gpu", help="predict for a6000, a100, h100, h200, l40s, 4090 or 5090")
+    parser.add_argument("--tiles", action="store_true", help="with --gpu: show every tile")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="measure here (default cuda)")
     parser.add_argument("--backend", default="auto", help="auto, reference, triton or cuda")
     parser.add_argument("--trace", default="lorasb-trace.json", help="Chrome trace to write")
@@ -37,7 +39,13 @@ def run(options: argparse.Namespace) -> int:
 
     from lorasb_kernels.hardware.gpus import find_gpu
     from lorasb_kernels.profiling.measurement import measure
-    from lorasb_kernels.profiling.prediction import model_kinds, predict, prediction_errors
+    from lorasb_kernels.profiling.model_tables import model_report
+    from lorasb_kernels.profiling.prediction import (
+        groups_of,
+        model_kinds,
+        predict,
+        prediction_errors,
+    )
     from lorasb_kernels.profiling.results import read_all
 
     if options.tokens < 1:
@@ -48,7 +56,14 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.gpu:
             gpu = find_gpu(options.gpu)
-            print(predict(model_kinds(options.model), options.tokens, options.rank, dtype, gpu))
+            kinds = model_kinds(options.model)
+            sizes = (options.tokens, options.rank)
+            print(predict(kinds, *sizes, dtype, gpu))
+            if dtype.itemsize == 2:
+                groups = groups_of(options.model, kinds)
+                print(f"\n{model_report(gpu, groups, *sizes, every_tile=options.tiles)}")
+            else:
+                print("\nThe performance model covers 16 bits: no more than the bound above.")
             known = read_all(options.results) if os.path.exists(options.results) else []
             print(f"\n{prediction_errors(known)}")
             return 0
@@ -67,6 +82,26 @@ def run(options: argparse.Namespace) -> int:
             )
         )
         print(f"\nChrome trace: {options.trace}")
+        if device.type == "cuda" and dtype.itemsize == 2:
+            print(f"\n{_checked(kinds, options, dtype, device)}")
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(str(error)) from error
     return 0
+
+
+def _checked(kinds, options: argparse.Namespace, dtype, device) -> str:
+    """The performance model held against this GPU."""
+    import torch
+
+    from lorasb_kernels.hardware.gpus import find_gpu
+    from lorasb_kernels.profiling.model_check import check_model
+
+    name = torch.cuda.get_device_name(device)
+    try:
+        gpu = find_gpu(name)
+    except ValueError:
+        return f"The performance model has no rates of {name}: nothing to compare."
+    layers = list({(k.layer.n, k.layer.m): k.layer for k in kinds}.values())
+    tokens = sorted({max(1, options.tokens // 16), options.tokens})
+    table = check_model(gpu, layers, tokens, options.rank, dtype, device)
+    return f"The performance model's error on {name}, kernels in CUDA graphs:\n\n{table}"

@@ -22,7 +22,6 @@ from lorasb_kernels.ops.triton.route_rule import (
 )
 from lorasb_kernels.ops.triton.tiles import (
     column_splits,
-    expand_tile,
     gradient_tile,
     projection_tile,
     rank_tiles,
@@ -185,19 +184,14 @@ def routes_of(gpu: Gpu) -> tuple[str, ...]:
     return tuple(r for r in ROUTES if hopper or r not in ("fused_descriptor", "dual"))
 
 
-def default_tile(gpu: Gpu) -> str:
-    """The tile of the fused kernel in the table."""
-    return str(expand_tile(tables_of(gpu), DTYPE, False))
-
-
 __all__ = [
     "GROUP",
     "ROUTES",
     "Launch",
-    "default_tile",
     "elementwise",
     "expand",
     "fused",
+    "memset",
     "projection",
     "rank_gradient",
     "routes_of",

@@ -53,6 +53,12 @@ def model_kinds(model: str) -> list[Kind]:
     return [Kind(layer, count) for layer, count in layers.items()]
 
 
+def groups_of(model: str, kinds: Sequence[Kind]) -> Sequence[Sequence[Layer]]:
+    """The layers of a block by the input they read; each alone if the model is no preset."""
+    preset = PRESETS.get(model)
+    return [[kind.layer] for kind in kinds] if preset is None else preset.groups
+
+
 def floor(layer: Layer, M: int, r: int, dtype: torch.dtype, ceilings: Ceilings, way: str) -> float:
     """Least seconds of forward and backward of a layer, computed in one of `costs.WAYS`."""
     launches = WAYS[way](M, layer.n, layer.m, r, dtype.itemsize)
@@ -155,4 +161,4 @@ def _measured_over_floor(row: Row, gpu: Gpu, way: str) -> float | None:
     return row.value * 1e-6 / least
 
 
-__all__ = ["Kind", "model_kinds", "predict", "prediction_errors"]
+__all__ = ["Kind", "groups_of", "model_kinds", "predict", "prediction_errors"]
