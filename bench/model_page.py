@@ -49,8 +49,9 @@ The roofline of [a6000.md](a6000.md) stays what it is: a bound that no kernel ca
 LIMITS_HEAD = """## Limits of each kernel and tile
 
 q_proj of Mistral-7B (4096×4096), bf16, r = 96, every tile of the fused kernels. In a tile, `8w4s`
-is 8 warps and 4 stages. `dual` is a persistent GEMM with two pairs of operands, taken as 1 %
-slower than the vendor's GEMM of the same size, not a kernel that was counted.
+is 8 warps and 4 stages; `fused TMA` is `fused_descriptor`. `dual` is a persistent GEMM with two
+pairs of operands, taken as 1 % slower than the vendor's GEMM of the same size, not a kernel that
+was counted.
 """
 RULE_TEXT = f"""## The rule for shapes that nothing has measured
 
@@ -140,7 +141,7 @@ def _training() -> list[str]:
     text = f"""## A training step
 
 Tokens per second of a training step with all linear layers adapted, by the rule's routes, in
-micro-batches of 8192 tokens, without / with gradient checkpointing
+micro-batches of 8192 tokens, without and with gradient checkpointing
 (`profiling/block_time.py`: `training_tokens_per_second`). Besides the linear layers it counts the
 head over the vocabulary, attention at {ATTENTION_SHARE:.0%} of the tensor cores' sustained rate
 (assumed), and the passes of norms, activations and residuals over device memory (assumed to be 36

@@ -18,7 +18,7 @@ from lorasb_kernels.profiling.layer_time import (
     rank_gradient,
     routes_of,
 )
-from lorasb_kernels.profiling.shapes import PRESETS, Layer, Preset
+from lorasb_kernels.profiling.shapes import PRESETS, Layer
 from lorasb_kernels.profiling.vendor_estimate import installed, vendor_estimate
 from lorasb_kernels.utils.tables import markdown_table
 
@@ -65,9 +65,13 @@ def launches(gpu: Gpu, layer: Layer, M: int, r: int, every_tile: bool) -> Iterat
             if route in ("fused", "fused_descriptor"):
                 tiles = fused(gpu, M, N, K, r, transposed, route)
                 for launch in tiles if every_tile else tiles[:1]:
-                    yield _named(launch, f"{way}: {route}")
+                    yield _named(launch, f"{way}: {_short(route)}")
             elif route not in ("two_call", "rule"):
                 yield _named(expand(gpu, M, N, K, r, transposed, route), f"{way}: {route}")
+
+
+def _short(route: str) -> str:
+    return route.replace("fused_descriptor", "fused TMA")
 
 
 def _named(launch: Launch, name: str) -> Launch:
@@ -109,7 +113,7 @@ def multiples_table(
         ways = [way for way in ways if not way[1]]
     rows = [
         (
-            route.replace("fused_descriptor", "fused, TMA") + (" +g" if grouped else ""),
+            _short(route) + (" +g" if grouped else ""),
             *(f"{multiple(gpu, groups, M, r, route, grouped):.3f}" for M in tokens),
         )
         for route, grouped in ways
@@ -119,15 +123,16 @@ def multiples_table(
 
 def training_table(gpus: Sequence[Gpu], r: int, sequence: int) -> str:
     """Tokens per second of training steps, without and with gradient checkpointing."""
-
-    def rates(preset: Preset, gpu: Gpu) -> str:
-        return " / ".join(
-            f"{training_tokens_per_second(preset, gpu, r=r, sequence=sequence, recompute=c):.0f}"
-            for c in (False, True)
-        )
-
-    rows = [(key, *(rates(preset, gpu) for gpu in gpus)) for key, preset in PRESETS.items()]
-    return markdown_table((f"r = {r}, {sequence} tokens a row", *(gpu.key for gpu in gpus)), rows)
+    rows = []
+    for key, preset in PRESETS.items():
+        for again, name in ((False, key), (True, f"{key}, checkpointed")):
+            rates = (
+                training_tokens_per_second(preset, gpu, r=r, sequence=sequence, recompute=again)
+                for gpu in gpus
+            )
+            rows.append((name, *(f"{rate:.0f}" for rate in rates)))
+    header = (f"tokens/s, r = {r}, {sequence} tokens a row", *(gpu.key for gpu in gpus))
+    return markdown_table(header, rows)
 
 
 def model_report(
