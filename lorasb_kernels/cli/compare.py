@@ -81,18 +81,9 @@ def own_task(options: argparse.Namespace):
     from lorasb_kernels.train.comparison import Task
     from lorasb_kernels.train.data import metric_of
     from lorasb_kernels.train.run import read_held_out, read_training
-    from lorasb_kernels.train.settings_file import load_file, load_preset, resolve
+    from lorasb_kernels.train.settings_file import resolve
 
-    settings = load_file(options.config, also=("contenders",))
-    entries = settings.pop("contenders", None) or ()
-    preset = options.preset or settings.pop("preset", None)
-    if preset is not None:
-        settings = load_preset(preset) | {k: v for k, v in settings.items() if k != "preset"}
-    settings |= {n: v for n in ("model", "data") if (v := getattr(options, n)) is not None}
-    contenders = [listed_contender(entry, settings.get("learning_rate")) for entry in entries]
-    contenders += [contender(text) for text in options.methods]
-    if not contenders:
-        raise ConfigError("--methods is missing; --config expects it, or a list of contenders")
+    settings, contenders = listed(options)
     if not options.test:
         raise ConfigError("--test is missing; --config expects it")
     if not options.validation and any(len(one.learning_rates) > 1 for one in contenders):
@@ -108,6 +99,27 @@ def own_task(options: argparse.Namespace):
     title = Path(config.data).stem
     task = Task(title, settings, train, validation, test, config.evaluation, metrics)
     return task, contenders
+
+
+def listed(options: argparse.Namespace):
+    """The settings that all contenders of --config have in common, and the contenders.
+
+    Raises:
+        ConfigError: unusable settings, or no contender.
+    """
+    from lorasb_kernels.train.settings_file import load_file, load_preset
+
+    settings = load_file(options.config, also=("contenders",))
+    entries = settings.pop("contenders", None) or ()
+    preset = options.preset or settings.pop("preset", None)
+    if preset is not None:
+        settings = load_preset(preset) | {k: v for k, v in settings.items() if k != "preset"}
+    settings |= {n: v for n in ("model", "data") if (v := getattr(options, n)) is not None}
+    contenders = [listed_contender(entry, settings.get("learning_rate")) for entry in entries]
+    contenders += [contender(text) for text in options.methods]
+    if not contenders:
+        raise ConfigError("--methods is missing; --config expects it, or a list of contenders")
+    return settings, contenders
 
 
 def listed_contender(entry: object, learning_rate: float | None = None):

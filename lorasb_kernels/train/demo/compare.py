@@ -34,7 +34,7 @@ RATES = {
     "lora-one": (8e-4, 2e-3),
     "lora-pro": (8e-5, 2e-4, 5e-4),  # its steps of the weight are those of full fine-tuning
     "lora-ga": (8e-4, 2e-3),
-    "vera": (1e-2, 2.5e-2),
+    "vera": (2.5e-2, 6.25e-2, 1.5625e-1),
 }
 # η of `compare`. In a short run the first of a few warm-up steps is a large share of the peak
 # learning rate: an update of that size would start above the loss of the unchanged model.
@@ -56,6 +56,7 @@ ABLATIONS = (
     BASELINE,
     _variant("kaiming-svd", "kaiming-svd"),
     *(_variant(f"noise-{std:g}", "noise", noise_std=std) for std in (1e-5, 1e-4, 1e-3, 1e-2)),
+    _variant("lora-sb-sgd", "lora-sb-sgd"),
     _variant("scaled-b", "scaled-b"),
     # Without clipping, as a clipped gradient of R and of the head is no longer a rescaled one.
     _variant("scaled-b-unclipped", "scaled-b", max_grad_norm=0.0),
