@@ -146,7 +146,10 @@ micro-batches of 8192 tokens, without and with gradient checkpointing
 head over the vocabulary, attention at {ATTENTION_SHARE:.0%} of the tensor cores' sustained rate
 (assumed), and the passes of norms, activations and residuals over device memory (assumed to be 36
 times the hidden and 9 times the intermediate activations a block); no optimizer, no host."""
-    return [text, training_table([GPUS[key] for key in SHOWN], 96, 512)]
+    return [
+        text,
+        training_table(list(PRESETS.values()), [GPUS[key] for key in SHOWN], 8192, 96, 512),
+    ]
 
 
 if __name__ == "__main__":

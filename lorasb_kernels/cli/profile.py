@@ -41,10 +41,10 @@ def run(options: argparse.Namespace) -> int:
     from lorasb_kernels.profiling.measurement import measure
     from lorasb_kernels.profiling.model_tables import model_report
     from lorasb_kernels.profiling.prediction import (
-        groups_of,
         model_kinds,
         predict,
         prediction_errors,
+        preset_of,
     )
     from lorasb_kernels.profiling.results import read_all
 
@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
             sizes = (options.tokens, options.rank)
             print(predict(kinds, *sizes, dtype, gpu))
             if dtype.itemsize == 2:
-                groups = groups_of(options.model, kinds)
-                print(f"\n{model_report(gpu, groups, *sizes, every_tile=options.tiles)}")
+                preset = preset_of(options.model)
+                print(f"\n{model_report(gpu, preset, *sizes, every_tile=options.tiles)}")
             else:
                 print("\nThe performance model covers 16 bits: no more than the bound above.")
             known = read_all(options.results) if os.path.exists(options.results) else []

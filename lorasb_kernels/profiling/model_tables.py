@@ -18,7 +18,7 @@ from lorasb_kernels.profiling.layer_time import (
     rank_gradient,
     routes_of,
 )
-from lorasb_kernels.profiling.shapes import PRESETS, Layer
+from lorasb_kernels.profiling.shapes import Layer, Preset
 from lorasb_kernels.profiling.vendor_estimate import installed, vendor_estimate
 from lorasb_kernels.utils.tables import markdown_table
 
@@ -121,13 +121,17 @@ def multiples_table(
     return markdown_table((f"{gpu.key}, r = {r}; M =", *map(str, tokens)), rows)
 
 
-def training_table(gpus: Sequence[Gpu], r: int, sequence: int) -> str:
+def training_table(
+    models: Sequence[Preset], gpus: Sequence[Gpu], M: int, r: int, sequence: int
+) -> str:
     """Tokens per second of training steps, without and with gradient checkpointing."""
     rows = []
-    for key, preset in PRESETS.items():
-        for again, name in ((False, key), (True, f"{key}, checkpointed")):
+    for model in models:
+        for again, name in ((False, model.key), (True, f"{model.key}, checkpointed")):
             rates = (
-                training_tokens_per_second(preset, gpu, r=r, sequence=sequence, recompute=again)
+                training_tokens_per_second(
+                    model, gpu, r=r, tokens=M, sequence=sequence, recompute=again
+                )
                 for gpu in gpus
             )
             rows.append((name, *(f"{rate:.0f}" for rate in rates)))
@@ -137,14 +141,14 @@ def training_table(gpus: Sequence[Gpu], r: int, sequence: int) -> str:
 
 def model_report(
     gpu: Gpu,
-    groups: Sequence[Sequence[Layer]],
+    model: Preset,
     M: int,
     r: int,
     every_tile: bool = False,
 ) -> str:
     """What `lorasb profile --gpu` prints below the roofline."""
     shapes: dict[tuple[int, int], Layer] = {}
-    for layer in (layer for group in groups for layer in group):
+    for layer in model.layers:
         shapes.setdefault((layer.n, layer.m), layer)
     return "\n\n".join(
         [
@@ -155,7 +159,9 @@ def model_report(
             *(limits_table(gpu, layer, M, r, every_tile) for layer in shapes.values()),
             *([vendor_table(gpu, list(shapes.values()), M)] if installed() else []),
             MULTIPLES_TEXT,
-            multiples_table(gpu, groups, r),
+            multiples_table(gpu, model.groups, r),
+            "A training step, all linear layers adapted by the rule's routes, rows of 512 tokens:",
+            training_table([model], [gpu], M, r, 512),
         ]
     )
 

@@ -14,7 +14,7 @@ from lorasb_kernels.hardware.gpus import Gpu, find_gpu
 from lorasb_kernels.profiling.costs import WAYS
 from lorasb_kernels.profiling.results import Results, Row
 from lorasb_kernels.profiling.roofline import Ceilings, datasheet_ceilings
-from lorasb_kernels.profiling.shapes import PRESETS, TINY, Layer
+from lorasb_kernels.profiling.shapes import PRESETS, SIBLINGS, TINY, Layer, Preset
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
 from lorasb_kernels.utils.timing import median
 
@@ -53,10 +53,26 @@ def model_kinds(model: str) -> list[Kind]:
     return [Kind(layer, count) for layer, count in layers.items()]
 
 
-def groups_of(model: str, kinds: Sequence[Kind]) -> Sequence[Sequence[Layer]]:
-    """The layers of a block by the input they read; each alone if the model is no preset."""
-    preset = PRESETS.get(model)
-    return [[kind.layer] for kind in kinds] if preset is None else preset.groups
+def preset_of(model: str) -> Preset:
+    """A preset, or the model in a folder or on the hub reduced to one.
+
+    Raises:
+        ValueError: nothing to adapt.
+        OSError: no such model.
+    """
+    known = PRESETS.get(model) or (TINY if model == TINY.key else None)
+    if known is not None:
+        return known
+    from transformers import AutoConfig
+
+    groups: dict[object, list[Layer]] = {}
+    for kind in model_kinds(model):
+        siblings = next((names for names in SIBLINGS if kind.layer.name in names), kind.layer)
+        groups.setdefault(siblings, []).append(kind.layer)
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return Preset(
+        model, tuple(map(tuple, groups.values())), config.num_hidden_layers, config.vocab_size
+    )
 
 
 def floor(layer: Layer, M: int, r: int, dtype: torch.dtype, ceilings: Ceilings, way: str) -> float:
@@ -161,4 +177,4 @@ def _measured_over_floor(row: Row, gpu: Gpu, way: str) -> float | None:
     return row.value * 1e-6 / least
 
 
-__all__ = ["Kind", "groups_of", "model_kinds", "predict", "prediction_errors"]
+__all__ = ["Kind", "model_kinds", "predict", "prediction_errors", "preset_of"]

@@ -69,6 +69,8 @@ PRESETS = {
         Preset("roberta-large", encoder(1024, 4096), 24, 50265, bias=True),
     )
 }
+# The names of layers that read the same input, in the families of models that are adapted.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 TINY = Preset("tiny", gated(48, 80, 48, 16), 2, 128)  # to test the code on any machine
 
-__all__ = ["PRESETS", "TINY", "Layer", "Preset"]
+__all__ = ["PRESETS", "SIBLINGS", "TINY", "Layer", "Preset"]

@@ -9,7 +9,7 @@ import torch
 
 from lorasb_kernels.cli.main import main
 from lorasb_kernels.hardware.gpus import GPUS
-from lorasb_kernels.profiling.prediction import model_kinds, predict
+from lorasb_kernels.profiling.prediction import model_kinds, predict, preset_of
 
 
 def test_a_prediction_is_marked(capsys):
@@ -19,6 +19,27 @@ def test_a_prediction_is_marked(capsys):
     assert "Error of the prediction: unknown, no GPU has measurements yet." in out
     assert "down_proj" in out
     assert re.search(r"\| all +\| +\| +224 \|", out)
+
+
+def test_the_model_gives_limits_multiples_and_rates(capsys):
+    command = ["profile", "--model", "mistral-7b", "--rank", "16", "--tokens", "512"]
+    assert main([*command, "--gpu", "4090", "--results", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "PREDICTION by the performance model: NVIDIA GeForce RTX 4090" in out
+    assert "bench: L40" in out
+    assert "| q_proj 4096×4096, M 512, r 16" in out
+    assert out.count("y: frozen GEMM alone") == 4
+    assert "| rule +g " in out
+    assert "mistral-7b, checkpointed" in out
+    fused = out.count("y: fused 64×")
+    assert main([*command, "--gpu", "4090", "--results", "none", "--tiles"]) == 0
+    assert capsys.readouterr().out.count("y: fused 64×") > fused
+
+
+def test_the_model_says_what_it_does_not_cover(capsys):
+    command = ["profile", "--model", "tiny", "--rank", "4", "--gpu", "a6000", "--results", "none"]
+    assert main([*command, "--dtype", "float32"]) == 0
+    assert "The performance model covers 16 bits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -66,6 +87,14 @@ def test_a_model_in_a_folder(tmp_path):
     }
     assert kinds["down_proj"] == (48, 32, 3)
     assert len(kinds) == 7
+    preset = preset_of(str(tmp_path))
+    assert [[layer.name for layer in group] for group in preset.groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    assert (preset.blocks, preset.vocabulary) == (3, config.vocab_size)
 
 
 @pytest.mark.parametrize("preset", ["mistral-7b", "llama-3.2-3b"])
