@@ -1,19 +1,22 @@
 """What an adapter costs: layers, ranks, trainable and frozen elements, bytes, operations."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from lorasb_kernels.config import LoRASBConfig
+from lorasb_kernels.linear_layers import is_linear, matrix_shape
 from lorasb_kernels.quantization import frozen_bytes, parameter_count, weight_dtype
 from lorasb_kernels.targets import (
+    Coverage,
     adapted_layers,
-    check_rank,
+    coverage_of,
     find_saved_modules,
-    find_targets,
     head_modules,
     refuse_adapted,
+    select_layers,
 )
 
 
@@ -41,7 +44,7 @@ class Description:
     `other_trainable` counts trainable elements outside the layers (`modules_to_save`),
     `total` all parameters of the base model; `linear_weights` the weight elements of the linear
     layers that every token passes, `head_weights` of those that a sequence passes once, which is
-    the head of a sequence classifier.
+    the head of a sequence classifier; `coverage` what of the model is adapted.
     """
 
     layers: tuple[LayerDescription, ...]
@@ -49,6 +52,7 @@ class Description:
     total: int
     linear_weights: int
     head_weights: int
+    coverage: Coverage
 
     def macs(self, tokens: int) -> int:
         """Multiply-accumulates of a forward pass over one sequence of `tokens` tokens.
@@ -104,7 +108,8 @@ class Description:
             f"trainable: {self.trainable:,} in adapters, {self.other_trainable:,} in saved "
             f"modules; {share:.4f} % of {self.total:,} parameters"
         )
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
+        parts = [lines[0], rule, *lines[1:-1], rule, lines[-1], note, str(self.coverage)]
+        return "\n".join(parts)
 
 
 def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Description:
@@ -117,7 +122,7 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
     Raises:
         ValueError: neither adapters nor a configuration, or targets that `adapt` refuses.
     """
-    layers: Mapping[str, nn.Linear]
+    layers: Mapping[str, nn.Module]
     if config is None:
         layers = adapted = adapted_layers(model)
         if not layers:
@@ -130,19 +135,23 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
             p.numel() for p in model.parameters() if p.requires_grad and id(p) not in trained
         )
         total = parameter_count(model) - sum(trained.values())
+        reasons: Mapping[str, str] = getattr(model, "lorasb_skipped", {})
+        own_config = getattr(model, "lorasb_config", None)
+        modules_to_save = () if own_config is None else own_config.modules_to_save
     else:
         refuse_adapted(model)
-        layers = find_targets(model, config.target_modules, config.modules_to_save)
-        for name, linear in layers.items():
-            check_rank(name, linear, config.r)
+        selection = select_layers(model, config.target_modules, config.modules_to_save, config.r)
+        layers, reasons = selection.layers, selection.skipped
         ranks = dict.fromkeys(layers, config.r)
         has_core = config.facts.has_core
-        saved = find_saved_modules(model, config.modules_to_save)
+        modules_to_save = config.modules_to_save
+        saved = find_saved_modules(model, modules_to_save)
         other = sum(p.numel() for module in saved.values() for p in module.parameters())
         total = parameter_count(model)
     linear_weights, head_weights = _linear_weights(model)
     described = tuple(_describe_layer(name, layers[name], ranks[name], has_core) for name in layers)
-    return Description(described, other, total, linear_weights, head_weights)
+    coverage = coverage_of(model, layers, reasons, modules_to_save)
+    return Description(described, other, total, linear_weights, head_weights, coverage)
 
 
 def _linear_weights(model: nn.Module) -> tuple[int, int]:
@@ -152,8 +161,8 @@ def _linear_weights(model: nn.Module) -> tuple[int, int]:
         heads = head_modules(model)
     each_token = once = 0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            weights = module.in_features * module.out_features
+        if is_linear(module):
+            weights = math.prod(matrix_shape(module))
             if id(module) in heads:
                 once += weights
             else:
@@ -161,8 +170,8 @@ def _linear_weights(model: nn.Module) -> tuple[int, int]:
     return each_token, once
 
 
-def _describe_layer(name: str, linear: nn.Linear, r: int, has_core: bool) -> LayerDescription:
-    m, n = linear.out_features, linear.in_features
+def _describe_layer(name: str, linear: nn.Module, r: int, has_core: bool) -> LayerDescription:
+    m, n = matrix_shape(linear)
     factors = r * (m + n)
     trained, frozen = (r * r, factors) if has_core else (factors, 0)
     return LayerDescription(

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lorasb_kernels.linear_layers import stores_transposed
+
 _REPACKING = "support_avx512bf16_for_cpu"  # a flag of bitsandbytes' Linear4bit
 
 
@@ -110,12 +112,13 @@ def weight_dtype(layer: nn.Module) -> torch.dtype:
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """W [m, n] of a linear layer, adapted or not, as a plain tensor.
 
-    The weight itself if it is not quantized; otherwise dequantized by the library that made it.
+    The weight itself (a view of it where it is stored transposed) if it is not quantized; otherwise
+    dequantized by the library that made it.
     """
     quantization, layer = quantization_of(layer), _frozen(layer)
     weight = layer.weight.detach()
     if quantization is None:
-        return weight
+        return weight.T if stores_transposed(layer) else weight
     if _is_torchao(weight):
         return weight.dequantize()
     import bitsandbytes

@@ -35,6 +35,7 @@ ARCHITECTURES = {
     "phi": (hf.AutoModelForCausalLM, hf.PhiConfig, _TEXT),
     "phi3": (hf.AutoModelForCausalLM, hf.Phi3Config, _TEXT | {"num_key_value_heads": 2}),
     "gpt_neox": (hf.AutoModelForCausalLM, hf.GPTNeoXConfig, _TEXT),
+    "gpt2": (hf.AutoModelForCausalLM, hf.GPT2Config, _TEXT),
     "roberta": (
         hf.AutoModelForSequenceClassification,
         hf.RobertaConfig,

@@ -32,6 +32,7 @@ ROOMS = (
     ("config",),
     ("ops",),
     ("quantization", "hardware"),
+    ("linear_layers",),
     ("utils",),
 )
 LINE = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}

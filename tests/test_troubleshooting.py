@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor import (
     Int4TilePackedTo4dTensor,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from lorasb_kernels import (
+    EstimationOptions,
     LoRASBConfig,
     LoRASBLinear,
     PackedCores,
@@ -120,9 +121,39 @@ def layer_names():
 
 
 @error
-def transposed(folder, patch):
-    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)
-    adapt(GPT2LMHeadModel(config), LoRASBConfig(r=2))
+def another_forward(folder, patch):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    of_one_layer(Doubled(8, 8))
+
+
+class PassesBy(nn.Module):
+    """Calls one layer, and reads the weight of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+@error
+def without_effect(folder, patch):
+    options = EstimationOptions(loss_fn=lambda model, x: model(x).sum())
+    config = LoRASBConfig(4, ("called", "read"), "orthogonal")
+    adapt(PassesBy(), config, [torch.ones(2, 8)], estimation=options, progress=False)
+
+
+@error
+def unreached(folder, patch):
+    model = adapt(PassesBy(), LoRASBConfig(4, init="lora-xs"), progress=False)
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="had no gradient in the first step"):
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    merge_and_unload(model)
 
 
 @error

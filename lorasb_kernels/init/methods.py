@@ -242,7 +242,7 @@ def _lora_sb_in_batches(
 
 def initialize(
     model: nn.Module,
-    targets: dict[str, nn.Linear],
+    targets: dict[str, nn.Module],
     config: LoRASBConfig,
     batches: Iterable | None,
     eta: float | None,
@@ -268,7 +268,7 @@ def initialize(
         yield name, orthonormal(adapter) if config.orthonormalize else adapter
 
 
-def _samples(batches: Iterable, targets: dict[str, nn.Linear]) -> int:
+def _samples(batches: Iterable, targets: dict[str, nn.Module]) -> int:
     """Samples in the batches of all data-parallel ranks."""
     device = next(iter(targets.values())).weight.device
     return ranks.sum_(torch.tensor(sum(map(sample_count, batches)), device=device)).item()
@@ -302,7 +302,7 @@ def _from_updates(
 
 
 def _from_weights(
-    targets: dict[str, nn.Linear], config: LoRASBConfig
+    targets: dict[str, nn.Module], config: LoRASBConfig
 ) -> Iterator[tuple[str, Adapter]]:
     """From the pretrained weights, or from their shapes alone."""
     for name, linear in targets.items():

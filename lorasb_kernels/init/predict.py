@@ -6,6 +6,7 @@ a fraction of a second. The products inside attention and everything between lin
 out: this is a plan, not a measurement.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lorasb_kernels.init.estimation.blocks import find_blocks
 from lorasb_kernels.init.estimation.memory import accumulator_bytes
 from lorasb_kernels.init.sign_matrix import SignMatrix
 from lorasb_kernels.init.svd.truncated import truncated_svd
+from lorasb_kernels.linear_layers import is_linear, matrix_shape
 from lorasb_kernels.quantization import weight_dtype
 
 CALIBRATION = 1024  # width of the matrices that rates are measured with
@@ -124,14 +126,17 @@ def predict_init(
     """
     targets = list(targets)
     modules = dict(model.named_modules())
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in modules.items() if is_linear(m)}
     layers = {name: linears[name] for name in targets}
     blocks = find_blocks(model, targets)
     in_block = {block: _inside(linears, block) for block in blocks}
     size = weight_dtype(next(iter(layers.values()))).itemsize
 
-    def activations(some: Iterable[nn.Linear]) -> int:
-        return micro_batch * tokens * size * sum(m.in_features + m.out_features for m in some)
+    def activations(some: Iterable[nn.Module]) -> int:
+        return micro_batch * tokens * size * sum(sum(matrix_shape(m)) for m in some)
+
+    def weights(some: Iterable[nn.Module]) -> int:
+        return sum(math.prod(matrix_shape(m)) for m in some)
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     body = [linear for linear in linears.values() if linear is not head]
@@ -141,13 +146,13 @@ def predict_init(
     of_layer = {name: accumulator_bytes(layer) for name, layer in layers.items()}
     of_block = {b: sum(v for k, v in of_layer.items() if k in in_block[b]) for b in blocks}
     outside = sum(of_layer.values()) - sum(of_block.values())
-    widths = [next(iter(in_block[block].values())).in_features for block in blocks]
+    widths = [matrix_shape(next(iter(in_block[block].values())))[1] for block in blocks]
 
-    forward = 2 * samples * tokens * sum(m.in_features * m.out_features for m in body)
+    forward = 2 * samples * tokens * weights(body)
     if head is not None:
         forward += 2 * samples * labelled * head.in_features * head.out_features
-    gradients = 2 * samples * tokens * sum(m.in_features * m.out_features for m in layers.values())
-    svd = rates.svd * r * sum(m.in_features * m.out_features for m in layers.values())
+    gradients = 2 * samples * tokens * weights(layers.values())
+    svd = rates.svd * r * weights(layers.values())
     passes = (2 * forward + gradients) / rates.flops
     strategies = [
         StrategyPrediction(
@@ -174,7 +179,7 @@ def predict_init(
     )
 
 
-def _inside(linears: dict[str, nn.Linear], block: str) -> dict[str, nn.Linear]:
+def _inside(linears: dict[str, nn.Module], block: str) -> dict[str, nn.Module]:
     return {name: m for name, m in linears.items() if f"{name}.".startswith(f"{block}.")}
 
 

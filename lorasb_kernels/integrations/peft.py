@@ -24,6 +24,7 @@ from lorasb_kernels.config import INITS, LoRASBConfig
 from lorasb_kernels.functional import FrozenLayer, lorasb_linear
 from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.methods import initialize, layer_generator, lora_xs, orthogonal
+from lorasb_kernels.linear_layers import is_linear, matrix_shape
 from lorasb_kernels.nn.masters import masters_kept
 from lorasb_kernels.nn.merging import delta_weight, merged_weight
 from lorasb_kernels.quantization import (
@@ -33,6 +34,7 @@ from lorasb_kernels.quantization import (
     quantization_of,
     weight_dtype,
 )
+from lorasb_kernels.targets import computes_linear
 
 METHOD = "lorasb"
 DEFAULTS = EstimationOptions()
@@ -107,7 +109,7 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
             check_quantized(name, base_layer)
             prevent_repacking(base_layer)
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = matrix_shape(base_layer)
         self.name = name
         self.lorasb_R = nn.ParameterDict()
         self.lorasb_A = BufferDict(persistent=True)
@@ -154,7 +156,7 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
         options = (scaling, config.dropout, self.training, config.backend)
         base, adapter = self.base_layer, (lora_A, lora_R, lora_B)
         if quantization_of(base) is None:
-            return lorasb_linear(x, base.weight, *adapter, base.bias, *options)
+            return lorasb_linear(x, dense_weight(base), *adapter, base.bias, *options)
         shape = (self.out_features, self.in_features)
         weight = FrozenLayer(shape, base, partial(dense_weight, base))
         return lorasb_linear(x, weight, *adapter, None, *options)
@@ -201,7 +203,7 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
                 f"{self.name} is quantized ({kind}); expected the adapter to be merged into the "
                 "model it was quantized from"
             )
-        weight = self.base_layer.weight
+        weight = dense_weight(self.base_layer)
         delta = sum(self.get_delta_weight(name) for name in names)
         shifted = merged_weight(weight, sign * delta)
         if check and not shifted.isfinite().all():
@@ -227,11 +229,12 @@ class LoRASBModel(BaseTuner):
     ):
         if isinstance(target, LoRASBLayer):
             layer = target
-        elif type(target) is nn.Linear or quantization_of(target) is not None:
+        elif quantization_of(target) is not None or (is_linear(target) and computes_linear(target)):
             layer = LoRASBLayer(target, current_key)
         else:
             raise TypeError(
-                f"{current_key} is a {type(target).__name__}; expected a plain nn.Linear"
+                f"{current_key} is a {type(target).__name__}; expected an nn.Linear or another "
+                "layer that computes the same"
             )
         layer.add_adapter(adapter_name, peft_config.own_config())
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)

@@ -16,12 +16,7 @@ from lorasb_kernels.io.pretrained import save_adapter_only
 from lorasb_kernels.io.subspace import ADAPTER_FILE, Subspace, read_adapter
 from lorasb_kernels.io.tensors import check_tensors, saved_tensors, whole
 from lorasb_kernels.nn.install import install, new_layer
-from lorasb_kernels.targets import (
-    adapted_layers,
-    check_adaptable,
-    find_layers,
-    find_saved_modules,
-)
+from lorasb_kernels.targets import adapted_layers, find_layers, find_saved_modules
 
 
 def load_adapter(
@@ -62,8 +57,7 @@ def load_adapter(
         refuse_merged(existing, "loading")
         layers = existing
     else:
-        targets = find_layers(model, record.layers, config.modules_to_save)
-        check_adaptable(model, targets, config.r)
+        targets = find_layers(model, record.layers, config.r, config.modules_to_save)
         layers = {name: new_layer(linear, config) for name, linear in targets.items()}
     saved = find_saved_modules(model, config.modules_to_save)
     check_tensors(

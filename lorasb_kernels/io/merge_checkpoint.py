@@ -83,6 +83,7 @@ class _Merger:
         stored, self.trained = read_adapter(adapter)
         self.config, self.subspace = stored.record.config, stored.tensors
         self.names, self.base_model = stored.record.layers, stored.record.base_model
+        self.transposed = frozenset(stored.record.transposed)
         self.trained_on_plain_weights = not stored.record.quantization
         self.layers: dict[str, str] = {}  # key in the base model -> layer
         self.replaced: dict[str, torch.Tensor] = {}  # key in the base model -> trained tensor
@@ -117,15 +118,16 @@ class _Merger:
             )
         if tensor.dim() != 2:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}; expected a matrix")
-        lora_A, lora_B = self._factors(name, tensor)
+        weight = tensor.T if name in self.transposed else tensor
+        lora_A, lora_B = self._factors(name, weight)
         core = self.trained.get(f"{name}.lora_R")
         if core is None and self.config.facts.has_core:
             raise ValueError(f"{self.directory} lacks lora_R of {name}")
-        self._check_factors(name, tensor, {"lora_A": lora_A, "lora_B": lora_B, "lora_R": core})
-        result = merged_weight(tensor, delta_weight(lora_A, core, lora_B, self.config.s))
+        self._check_factors(name, weight, {"lora_A": lora_A, "lora_B": lora_B, "lora_R": core})
+        result = merged_weight(weight, delta_weight(lora_A, core, lora_B, self.config.s))
         if not result.isfinite().all():
             raise ValueError(f"{key} would not be finite; nothing was written")
-        return result
+        return result.T.contiguous() if name in self.transposed else result
 
     def _check_factors(self, name: str, weight: torch.Tensor, factors: dict) -> None:
         (m, n), r = weight.shape, self.config.r

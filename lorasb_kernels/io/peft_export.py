@@ -14,6 +14,8 @@ from torch import nn
 
 from lorasb_kernels.io.peft_names import CONFIG_FILE, PREFIX, TENSORS_FILE, shortest_names
 from lorasb_kernels.io.tensors import FACTOR_DTYPES
+from lorasb_kernels.linear_layers import stores_transposed
+from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.targets import config_of, find_saved_modules, layers_of
 from lorasb_kernels.utils.files import write_json, write_tensors
 
@@ -69,11 +71,13 @@ def export_peft(
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     directory = Path(directory)
     write_tensors(directory / TENSORS_FILE, tensors, {"format": "pt"})
-    config = _peft_config(model, list(layers), config_of(model).r, suffixes)
+    config = _peft_config(model, layers, config_of(model).r, suffixes)
     write_json(directory / CONFIG_FILE, config)
 
 
-def _peft_config(model: nn.Module, names: list[str], r: int, suffixes: tuple[str, ...]) -> dict:
+def _peft_config(
+    model: nn.Module, layers: dict[str, AdaptedLinear], r: int, suffixes: tuple[str, ...]
+) -> dict:
     base_config = getattr(model, "config", None)
     return {
         "peft_type": "LORA",
@@ -83,10 +87,10 @@ def _peft_config(model: nn.Module, names: list[str], r: int, suffixes: tuple[str
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
-        "target_modules": shortest_names(model, names),
+        "target_modules": shortest_names(model, list(layers)),
         "modules_to_save": list(suffixes) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(map(stores_transposed, layers.values())),
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": {},

@@ -21,7 +21,6 @@ from lorasb_kernels.io.pretrained import save_adapter_only
 from lorasb_kernels.io.tensors import check_tensors, read_tensors, saved_tensors
 from lorasb_kernels.nn.install import install, new_layer
 from lorasb_kernels.targets import (
-    check_adaptable,
     find_layers,
     find_saved_modules,
     matches_suffix,
@@ -72,8 +71,7 @@ def import_peft(
         config = _configuration(model, peft_config, factors, plain_lora)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
-    targets = find_layers(model, tuple(factors), config.modules_to_save)
-    check_adaptable(model, targets, config.r)
+    targets = find_layers(model, tuple(factors), config.r, config.modules_to_save)
     layers = {name: new_layer(linear, config) for name, linear in targets.items()}
     found = {f"{n}.{part}": t for n, parts in factors.items() for part, t in parts.items()}
     expected = {

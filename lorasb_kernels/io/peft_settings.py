@@ -11,13 +11,14 @@ from pathlib import Path
 from lorasb_kernels.utils.files import read_json
 
 # Names of layers are read off the tensors; the rest says where the adapter came from, how it was
-# initialized (`init_lora_weights` says by what) or how peft runs it.
+# initialized (`init_lora_weights` says by what) or how peft runs it. `fan_in_fan_out` follows from
+# the kind of a layer, and peft corrects it where it does not.
 _WITHOUT_EFFECT = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform"),
         *("layers_pattern", "r", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("megatron_core", "qalora_group_size", "runtime_config"),
+        *("megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out"),
     )
 )
 _READ = frozenset(
@@ -28,7 +29,6 @@ _READ = frozenset(
 )
 _MUST_BE = {
     "bias": "none",
-    "fan_in_fan_out": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "use_dora": False,

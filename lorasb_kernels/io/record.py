@@ -6,12 +6,14 @@
     base_model    name of the base model; a hint for messages, not part of the fingerprint
     quantization  kinds of quantized weights the adapter was made on
     layers        full names of the adapted layers, in the order in which their R's are packed
+    transposed    those of them whose weight the base model stores as [n, m] (GPT-2); if any
     config        the fields of `LoRASBConfig`
 
 The fingerprint covers A, B and the configuration, so a changed `lora_alpha` is found like a changed
 bit of A. The layers are named in full: loading evaluates no regular expression of a file.
 """
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from lorasb_kernels.utils.files import read_json, write_json
 CONFIG_FILE = "lorasb_config.json"
 FORMAT = "2"
 _COVERED = ("config", "layers", "quantization", "subspace")
+_COVERED_IF_ANY = ("transposed",)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Record:
     subspace: str
     base_model: str | None
     fingerprint: str
+    transposed: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -44,11 +48,11 @@ class Record:
         quantization: tuple[str, ...],
         subspace: str,
         base_model: str | None,
+        transposed: tuple[str, ...] = (),
     ) -> "Record":
         """The record of an adapter to save, with its fingerprint."""
-        record = cls(config, layers, quantization, subspace, base_model, "")
-        fingerprint = fingerprint_of(record._fields())
-        return cls(config, layers, quantization, subspace, base_model, fingerprint)
+        record = cls(config, layers, quantization, subspace, base_model, "", transposed)
+        return dataclasses.replace(record, fingerprint=fingerprint_of(record._fields()))
 
     @classmethod
     def from_fields(cls, fields: dict, path: Path) -> "Record":
@@ -61,8 +65,8 @@ class Record:
             fields.get("fingerprint"), str
         ):
             raise ValueError(f"{path} lacks 'subspace' or 'fingerprint'")
-        for name in ("layers", "quantization"):
-            value = fields.get(name)
+        for name in ("layers", "quantization", "transposed"):
+            value = fields.get(name, [] if name in _COVERED_IF_ANY else None)
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{path}: {name} is {str(value)[:200]}; expected a list of names")
             if len(set(value)) != len(value):
@@ -80,6 +84,7 @@ class Record:
             fields["subspace"],
             base_model,
             fields["fingerprint"],
+            tuple(fields.get("transposed", ())),
         )
 
     def write(self, directory: Path) -> None:
@@ -94,6 +99,7 @@ class Record:
                 "base_model": self.base_model,
                 "quantization": covered["quantization"],
                 "layers": covered["layers"],
+                **{name: covered[name] for name in _COVERED_IF_ANY if name in covered},
                 "config": covered["config"],
             },
         )
@@ -104,7 +110,7 @@ class Record:
             "layers": list(self.layers),
             "quantization": list(self.quantization),
             "subspace": self.subspace,
-        }
+        } | ({"transposed": list(self.transposed)} if self.transposed else {})
 
 
 def fingerprint_of(fields: dict) -> str:
@@ -112,7 +118,8 @@ def fingerprint_of(fields: dict) -> str:
 
     Over the values in the file, so that a later version with more settings finds the same.
     """
-    covered = {name: fields[name] for name in _COVERED}
+    names = (*_COVERED, *(name for name in _COVERED_IF_ANY if name in fields))
+    covered = {name: fields[name] for name in names}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 

@@ -38,6 +38,7 @@ from lorasb_kernels.io.lora_xs import subspace_probes
 from lorasb_kernels.io.record import CONFIG_FILE, FORMAT, Record, read_fields
 from lorasb_kernels.io.subspace import ADAPTER_FILE, SUBSPACE_FILE, Subspace
 from lorasb_kernels.io.tensors import FACTOR_DTYPES, digest_of, pack_cores, saved_tensors
+from lorasb_kernels.linear_layers import stores_transposed
 from lorasb_kernels.nn.adapted import AdaptedLinear
 from lorasb_kernels.targets import config_of, find_saved_modules, layers_of
 from lorasb_kernels.utils.files import write_tensors
@@ -98,7 +99,9 @@ def _write_subspace(model: nn.Module, layers: dict[str, AdaptedLinear], director
     tensors = subspace_probes(layers) if config.facts.rebuilt else frozen_tensors(layers)
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
     digest = digest_of(tensors)
-    record = Record.of(config, tuple(layers), quantizations(layers), digest, base_model)
+    transposed = tuple(name for name, layer in layers.items() if stores_transposed(layer))
+    kinds = quantizations(layers)
+    record = Record.of(config, tuple(layers), kinds, digest, base_model, transposed)
     if not _stored(directory, record):
         metadata = {"format": FORMAT, "digest": digest}
         write_tensors(directory / SUBSPACE_FILE, tensors, metadata)

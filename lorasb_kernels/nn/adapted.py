@@ -1,5 +1,6 @@
 """What every adapted layer is: a frozen `nn.Linear` with factors A, R and B."""
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasb_kernels.functional import FrozenLayer, lorasb_linear
+from lorasb_kernels.linear_layers import is_conv1d, matrix_shape
 from lorasb_kernels.nn.masters import masters_kept
 from lorasb_kernels.nn.merging import delta_weight, merged_weight, plain_factors
 from lorasb_kernels.quantization import quantization_of, weight_dtype
@@ -27,6 +29,9 @@ class AdaptedLinear(nn.Linear):
     A subclass says which factors are trained. Those are parameters in fp32 (fp64 with an fp64
     weight), and stay so under `half()`, `bfloat16()` and `to(dtype)`; the others are buffers in
     the dtype of the weight. A subclass that does not train R has none: `lora_R` is None.
+
+    Over transformers' Conv1D the layer keeps that layer's parameter: `weight` is [n, m] then,
+    `transposed` is True, and `matrix` is W [m, n] in any case.
 
     Whether the adapter is merged is part of the state: the state dict of a merged layer contains
     what was merged, and loading a state dict also restores whether the layer is merged.
@@ -91,6 +96,9 @@ class AdaptedLinear(nn.Linear):
         self.init = init
         self.init_report: Any = None  # set by `adapt` if an SVD initialized the layer
         self.shared_input: Any = None  # set by `share_inputs`: the siblings computed together
+        self.transposed = False  # whether `weight` is [n, m]
+        self.reached: bool | None = None  # by training: set by `watch_training`; None if unknown
+        self._replaced: tuple[nn.Module, ...] = ()  # the layer wrapped, without its tensors
         shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_R": (r, r)}
         for name, shape in shapes.items():
             self._register_factor(name, shape)
@@ -116,13 +124,12 @@ class AdaptedLinear(nn.Linear):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, r: int, *, reset: bool = True, **options: Any
-    ) -> "Self":
+    def from_linear(cls, linear: Any, r: int, *, reset: bool = True, **options: Any) -> "Self":
         """Wraps `linear`; weight and bias share its storage and keep their `requires_grad`.
 
         Args:
-            linear: the layer to adapt.
+            linear: the layer to adapt: an `nn.Linear`, of a subclass with the same forward or
+                transformers' Conv1D.
             r: rank.
             reset: draw the factors with `reset_adapter`; otherwise they are 0 until
                 `set_adapter` gives them.
@@ -131,9 +138,10 @@ class AdaptedLinear(nn.Linear):
         Raises:
             TypeError: a quantized layer; see `lorasb_kernels.nn.QuantizedLoRASBLinear`.
         """
+        m, n = matrix_shape(linear)
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            n,
+            m,
             r,
             bias=linear.bias is not None,
             device="meta",
@@ -149,8 +157,8 @@ class AdaptedLinear(nn.Linear):
             layer.reset_adapter()
         return layer
 
-    def _hold(self, linear: nn.Linear) -> None:
-        """Uses the frozen weight and bias of `linear`."""
+    def _hold(self, linear: Any) -> None:
+        """Uses the frozen weight and bias of `linear`, and remembers what kind of layer it is."""
         if (kind := quantization_of(linear)) is not None:
             raise TypeError(
                 f"linear is quantized ({kind}); expected a plain nn.Linear, or from_linear() of "
@@ -159,18 +167,41 @@ class AdaptedLinear(nn.Linear):
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.transposed = is_conv1d(linear)
+        if type(linear) is not nn.Linear:
+            empty: nn.Module = copy.copy(linear)
+            empty._parameters = dict.fromkeys(linear._parameters)
+            self._replaced = (empty,)  # in a tuple, as it is no submodule
 
-    def to_linear(self) -> nn.Linear:
+    @property
+    def matrix(self) -> torch.Tensor:
+        """W [m, n], a view of `weight`."""
+        return self.weight.T if self.transposed else self.weight
+
+    def to_linear(self) -> nn.Module:
         """The plain layer that computes the same thing, sharing this one's (merged) weight.
+
+        Of the kind that was wrapped.
 
         Raises:
             RuntimeError: the adapter is not merged.
         """
         if not self.merged:
             raise RuntimeError("the adapter is not merged; expected merge() before to_linear()")
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta"
-        )
+        return self._plain_layer()
+
+    def without_adapter(self) -> nn.Module:
+        """The layer that was wrapped, as it was."""
+        self._refuse_merged("without_adapter")
+        return self._plain_layer()
+
+    def _plain_layer(self) -> nn.Module:
+        if self._replaced:
+            linear = copy.copy(self._replaced[0])
+            linear._parameters = dict(linear._parameters)
+        else:
+            has_bias = self.bias is not None
+            linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
@@ -220,12 +251,12 @@ class AdaptedLinear(nn.Linear):
 
     def frozen_weight(self) -> torch.Tensor | FrozenLayer:
         """What is passed to the operation as W."""
-        return self.weight
+        return self.matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [..., n] to [..., m]."""
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.matrix, self.bias)
         if self.shared_input is not None:
             output = self.shared_input.forward(self, x)
             if output is not None:
@@ -270,6 +301,17 @@ class AdaptedLinear(nn.Linear):
         """Whether the weight includes the adapter."""
         return self._buffers.get("merged_A") is not None
 
+    def without_effect(self) -> bool:
+        """Whether training never reached the layer, though its adapter is not zero."""
+        return self.reached is False and bool(self.get_delta_weight().any())
+
+    def _refuse_without_effect(self) -> None:
+        if self.without_effect():
+            raise ValueError(
+                "training never reached this layer: the model does not call it, or reads its "
+                "weight past it, so that merging would change the model"
+            )
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, keep_original: bool = False) -> None:
         """Adds the adapter to the weight in place, in fp32 with one rounding.
@@ -282,16 +324,18 @@ class AdaptedLinear(nn.Linear):
             keep_original: keep a copy of the weight, so that `unmerge` restores every bit.
 
         Raises:
-            ValueError: `safe_merge` found a non-finite element.
+            ValueError: `safe_merge` found a non-finite element, or training never reached the
+                layer, so that merging could change what the model computes.
         """
         if self.merged:
             return
+        self._refuse_without_effect()
         lora_A, lora_B = self.plain_lora()
-        merged = merged_weight(self.weight, delta_weight(lora_A, None, lora_B, 1.0))
+        merged = merged_weight(self.matrix, delta_weight(lora_A, None, lora_B, 1.0))
         check_finite(merged, safe_merge)
         if keep_original:
             self.original_weight = self.weight.detach().clone()
-        self.weight.copy_(merged)
+        self.matrix.copy_(merged)
         self.merged_A, self.merged_B = lora_A.clone(), lora_B
 
     @torch.no_grad()
@@ -303,7 +347,7 @@ class AdaptedLinear(nn.Linear):
             self.weight.copy_(self.original_weight)
         else:
             delta = delta_weight(self.merged_A, None, self.merged_B, -1.0)
-            self.weight.copy_(merged_weight(self.weight, delta))
+            self.matrix.copy_(merged_weight(self.matrix, delta))
         self.merged_A = self.merged_B = self.original_weight = None
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):

@@ -1,5 +1,7 @@
 """Adapters around layers whose weight is quantized (QLoRA style)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ class _Quantized(AdaptedLinear):
     weight: nn.Parameter | None  # type: ignore[assignment]  # None unless merged
     bias: nn.Parameter | None  # type: ignore[assignment]
 
-    def _hold(self, linear: nn.Linear) -> None:
+    def _hold(self, linear: Any) -> None:
         self.weight = self.bias = None
         self.base_layer = linear
         prevent_repacking(linear)
@@ -52,6 +54,7 @@ class _Quantized(AdaptedLinear):
         """
         if self.merged:
             return
+        self._refuse_without_effect()
         if dequantize is None:
             raise ValueError(
                 f"the weight is quantized ({quantization_of(self)}); expected dequantize, the "
@@ -64,6 +67,11 @@ class _Quantized(AdaptedLinear):
         if self.base_layer.bias is not None:
             bias = self.base_layer.bias.detach().to(merged.dtype)
             self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def without_adapter(self) -> nn.Module:
+        """The quantized layer that was wrapped."""
+        self._refuse_merged("without_adapter")
+        return self.base_layer
 
     def unmerge(self) -> None:
         """Restores the quantized layer, which merging did not change."""

@@ -20,9 +20,11 @@ from lorasb_kernels.cli.main import main
 from tests.models import batches, build
 
 
-def case(folder, init="orthogonal", dtype=torch.bfloat16, shard="20KB", **fields):
+def case(
+    folder, init="orthogonal", dtype=torch.bfloat16, shard="20KB", architecture="llama", **fields
+):
     """A base model in shards and an adapter for it; returns the model merged in memory."""
-    build("llama").to(dtype).save_pretrained(folder / "base", max_shard_size=shard)
+    build(architecture).to(dtype).save_pretrained(folder / "base", max_shard_size=shard)
     base = hf.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     fields = {"r": 4, "init": init, "scaling": 0.5, "core_std": 0.3, **fields}
     model = adapt(base, LoRASBConfig(**fields), progress=False)
@@ -61,6 +63,18 @@ def test_every_weight_is_that_of_merging_in_memory(tmp_path, init, dtype, shard)
             assert torch.equal(own, expected.state_dict()[name])
         changed += not torch.equal(own, tensor)
     assert changed == 14
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "lora-xs", "lora"])
+def test_weights_that_are_stored_transposed(tmp_path, init):
+    expected = case(tmp_path, init, torch.float32, architecture="gpt2")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, msg=name)
+    square = "transformer.h.0.attn.c_proj.weight"
+    base = build("gpt2").state_dict()[square]
+    assert (merged.state_dict()[square] - base).abs().max() > 1e-3
 
 
 def test_trained_modules_replace_those_of_the_base(tmp_path):

@@ -23,7 +23,7 @@ def trained(architecture, **fields):
     return model
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "roberta", "t5"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "roberta", "t5"])
 def test_peft_computes_the_same(architecture, tmp_path):
     saved = ("classifier",) if architecture == "roberta" else ()
     model = trained(architecture, modules_to_save=saved)

@@ -114,6 +114,18 @@ def test_plain_lora_loads_and_goes_on_training(tmp_path, use_rslora):
     torch.testing.assert_close(again(**batch).logits, theirs.logits)
 
 
+def test_weights_that_are_stored_transposed(tmp_path):
+    model = get_peft_model(build("gpt2"), LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    batch = batches("gpt2")[0]
+    ours = import_peft(build("gpt2"), tmp_path, plain_lora=True)
+    torch.testing.assert_close(ours(**batch).logits, model.eval()(**batch).logits)
+
+
 def test_a_core_is_not_dropped_for_plain_lora(llama):
     with pytest.raises(ValueError, match=r"has an R .*; expected none with plain_lora=True"):
         import_peft(build("llama"), llama[0], plain_lora=True)

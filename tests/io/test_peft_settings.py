@@ -16,7 +16,6 @@ from tests.models import batches, build
 TARGETS = ["q_proj", "down_proj"]
 CHANGED = {
     "bias": "all",
-    "fan_in_fan_out": True,
     "rank_pattern": {"q_proj": 8},
     "alpha_pattern": {"q_proj": 8},
     "use_dora": True,

@@ -6,6 +6,7 @@ Three strategies give the same sums with different memory and work: see `residen
 `layerwise` and `grouped`.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,14 +16,16 @@ from torch import nn
 
 from lorasb_kernels.init.estimation import ranks
 from lorasb_kernels.init.estimation.blocks import find_blocks
-from lorasb_kernels.init.estimation.frozen_eval import random_state_kept
+from lorasb_kernels.init.estimation.frozen_eval import estimation_mode, random_state_kept
 from lorasb_kernels.init.estimation.grouped import grouped
 from lorasb_kernels.init.estimation.layerwise import layerwise
+from lorasb_kernels.init.estimation.losses import default_loss
 from lorasb_kernels.init.estimation.memory import accumulator_bytes, free_memory
 from lorasb_kernels.init.estimation.options import EstimationOptions
 from lorasb_kernels.init.estimation.resident import resident
 from lorasb_kernels.init.estimation.sums import Estimation
 from lorasb_kernels.init.sign_matrix import SignMatrix
+from lorasb_kernels.linear_layers import is_linear
 
 DEFAULTS = EstimationOptions()
 
@@ -65,7 +68,7 @@ def estimate_gradients(
     Args:
         model: the model; if it is a `DistributedDataParallel`, the module inside is used.
         batches: micro-batches; all are held in a list.
-        targets: names of `nn.Linear` layers in `model.named_modules()`.
+        targets: names of linear layers in `model.named_modules()`.
         options: loss, strategy and memory budget.
         progress: show a progress bar, if tqdm is installed.
 
@@ -99,8 +102,11 @@ def prepared(
     model = _unwrapped(model)
     layers = _target_layers(model, targets)
     device = next(iter(layers.values())).weight.device
-    with ranks.in_step(device), random_state_kept():
-        batches = _listed(batches)
+    batches = listed(batches, device)
+    if options.loss_fn is None:
+        with ranks.in_step(device), estimation_mode(model):
+            loss_fn, batches = default_loss(model, batches)
+        options = dataclasses.replace(options, loss_fn=loss_fn)
     return Estimation(model, layers, batches, options, progress)
 
 
@@ -179,7 +185,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
+def _target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
     if isinstance(targets, str):
         raise TypeError(f"targets is the string {targets!r}; expected a list of layer names")
     modules = dict(model.named_modules())
@@ -187,7 +193,7 @@ def _target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Lin
     for name in targets:
         if name not in modules:
             raise ValueError(f"targets names {name!r}; expected a name in model.named_modules()")
-        if not isinstance(modules[name], nn.Linear):
+        if not is_linear(modules[name]):
             kind = type(modules[name]).__name__
             raise TypeError(f"target {name!r} is a {kind}; expected an nn.Linear")
         if modules[name].weight.is_meta:
@@ -198,8 +204,21 @@ def _target_layers(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Lin
     return layers
 
 
+def listed(batches: Iterable[Any] | None, device: torch.device) -> list[Any]:
+    """The batches as a list, at least one; on every rank, or an error on every rank.
+
+    Args:
+        batches: an iterable of batches.
+        device: of the tensors that the ranks exchange.
+
+    Raises:
+        ValueError, TypeError: no batches, or a dict.
+    """
+    with ranks.in_step(device), random_state_kept():
+        return _listed(batches)
+
+
 def _listed(batches: Iterable[Any] | None) -> list[Any]:
-    """The batches as a list, at least one."""
     if batches is None:
         raise ValueError("batches is None; expected the samples to estimate the update from")
     if isinstance(batches, dict):
@@ -210,4 +229,4 @@ def _listed(batches: Iterable[Any] | None) -> list[Any]:
     return batches
 
 
-__all__ = ["estimate_gradients", "estimate_updates", "prepared"]
+__all__ = ["estimate_gradients", "estimate_updates", "listed", "prepared"]

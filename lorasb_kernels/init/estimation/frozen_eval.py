@@ -107,7 +107,7 @@ def _compilation_bypassed() -> AbstractContextManager:
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     tables = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     copies = {
-        id(buffer): (buffer, buffer._version, buffer.detach().clone())
+        id(buffer): (buffer, buffer.detach().clone())
         for _, table in tables
         for buffer in table.values()
         if buffer is not None
@@ -119,8 +119,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(table)
         with torch.no_grad():
-            for buffer, version, copy in copies.values():
-                if buffer._version != version:
+            for buffer, copy in copies.values():
+                # Batch normalization writes without raising the version.
+                if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
 
 

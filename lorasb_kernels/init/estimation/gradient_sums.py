@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from lorasb_kernels.linear_layers import matrix_shape
 from lorasb_kernels.ops.sign_accumulate import sign_accumulate_
 
 
@@ -39,7 +40,7 @@ class GradientSums:
         layers: the linear layers by name.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear]):
+    def __init__(self, layers: dict[str, nn.Module]):
         self.layers = layers
         self.called: set[str] = set()
         self.called_without_gradients: set[str] = set()
@@ -52,12 +53,12 @@ class GradientSums:
         for name in names:
             weight = self.layers[name].weight
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            shape = (self._rows(self.layers[name]), self.layers[name].in_features)
+            shape = (self._rows(self.layers[name]), matrix_shape(self.layers[name])[1])
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
 
-    def _rows(self, layer: nn.Linear) -> int:
+    def _rows(self, layer: nn.Module) -> int:
         """Rows of a layer's accumulator."""
-        return layer.out_features
+        return matrix_shape(layer)[0]
 
     def pop(self, name: str) -> torch.Tensor:
         """Returns the accumulator of `name` and drops its own reference to it."""
@@ -87,7 +88,7 @@ class GradientSums:
         if not torch.is_grad_enabled():
             self.called_without_gradients.add(name)
             return y
-        x = args[0] if args else kwargs["input"]
+        (x,) = args or kwargs.values()
         if y.device not in self._anchors:
             self._anchors[y.device] = torch.zeros((), device=y.device, requires_grad=True)
         # Under autocast the layer multiplies by x in the dtype of y.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 IGNORED = -100  # a label that carries no loss, as in torch's cross-entropy
 
@@ -81,7 +82,8 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
     Causal and masked language models, encoder-decoders and token classifiers: mean
     cross-entropy over the sample's labelled tokens, 0 if it has none. Sequence
-    classifiers: what the model's `problem_type` says. A row of a batch is a sample.
+    classifiers: what the model's `problem_type` says. A row of a batch is a sample. Any other
+    model: its own loss, of one sample at a time.
 
     Args:
         model: a transformers model with a head.
@@ -89,18 +91,20 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
     Raises:
         TypeError: a model or batch of another kind.
-        ValueError: no labels.
+        ValueError: no labels, a model that returns no loss, or a batch that cannot be split.
     """
-    task = _task(model)
+    task = _task(model, batch if isinstance(batch, Mapping) else {})
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch is a {type(batch).__name__}; expected a dict of model inputs")
-    if batch.get("labels") is None:
+    if task != "own" and batch.get("labels") is None:
         raise ValueError(f"a batch has no labels, only {sorted(batch)}; expected 'labels'")
     device = next(model.parameters()).device
     inputs = {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
+    if task == "own":
+        return own_losses(model, inputs)
     labels = inputs.pop("labels")
     if task == "causal":
         labels = labels[:, 1:]
@@ -109,23 +113,113 @@ def per_sample_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
             kept = (labels != IGNORED).any(0).nonzero().flatten()
             inputs["logits_to_keep"], labels = kept, labels[:, kept]
     elif task == "encoder-decoder" and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = _decoder_inputs(model, labels)
     logits = model(**inputs).logits.float()
     if task == "sequence":
         return _sequence_losses(logits, labels, model.config)
     return _token_losses(logits[:, : labels.shape[1]], labels)
 
 
-def _task(model: nn.Module) -> str:
+def own_losses(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The model's own loss of each sample, [batch], fp32; it is run on one at a time.
+
+    Args:
+        model: a transformers model.
+        batch: its inputs, with the labels that it takes.
+
+    Raises:
+        ValueError: a model that returns no loss, or a batch that cannot be split.
+    """
+    device = next(model.parameters()).device
+    samples = _samples(pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), dict(batch)))
+    return torch.stack([_own_loss(model, sample) for sample in samples])
+
+
+def default_loss(model: nn.Module, batches: list) -> tuple[Callable, list]:
+    """The function that gives the losses of samples, and the batches to give it.
+
+    `per_sample_loss`, unless the model computes something else from the first sample: some causal
+    models do not shift labels, others smooth them or add a term. Then it is `own_losses`, and the
+    batches are split into single samples, so that no more than one is in memory.
+    """
+    first = batches[0]
+    if not isinstance(first, Mapping) or getattr(model, "config", None) is None:
+        return per_sample_loss, batches
+    if _task(model, first) != "own":
+        sample = _samples(first)[0]
+        with torch.no_grad():
+            ours = per_sample_loss(model, sample)[0]
+            try:
+                own = own_losses(model, sample)[0]
+            except (TypeError, ValueError):
+                return per_sample_loss, batches
+        tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 2e-2
+        if not own.isfinite() or torch.isclose(ours, own, rtol=tolerance, atol=tolerance):
+            return per_sample_loss, batches
+    return own_losses, [sample for batch in batches for sample in _samples(batch)]
+
+
+def _samples(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch as batches of one sample: the rows of all its tensors."""
+    count = sample_count(batch)
+    if count == 1:
+        return [dict(batch)]
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] != count:
+            raise ValueError(
+                f"{key} has {value.shape[0]} rows in a batch of {count} samples; expected one per "
+                "sample, batches of one sample, or loss_fn"
+            )
+    return [
+        {
+            key: value[index : index + 1] if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+        for index in range(count)
+    ]
+
+
+def _own_loss(model: nn.Module, sample: dict[str, Any]) -> torch.Tensor:
+    """The loss that the model computes for one sample; 0 if no token of it is labelled."""
+    labels = sample.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dim() > 1 and (labels == IGNORED).all():
+        return torch.zeros((), device=labels.device)
+    loss = getattr(model(**sample), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no loss for {sorted(sample)}; expected the labels "
+            "that it takes, or loss_fn"
+        )
+    return loss.float()
+
+
+def _decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor | None:
+    """The decoder's inputs for `labels`; None for a model that shifts them only in its forward."""
+    try:
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    except AttributeError:
+        return None
+
+
+def _task(model: nn.Module, batch: Mapping[str, Any]) -> str:
     config = getattr(model, "config", None)
     loss_type = getattr(model, "loss_type", "")
     if loss_type in SEQUENCE_LOSSES:
         return "sequence"
+    # transformers uses the causal loss for generative heads without a loss type.
+    generative = loss_type in ("ForCausalLM", "ForConditionalGeneration", None)
+    if getattr(config, "is_encoder_decoder", False) and (generative or loss_type == "ForMaskedLM"):
+        labels = batch.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            return "encoder-decoder"
+        shifted = "decoder_input_ids" in batch or _decoder_inputs(model, labels) is not None
+        return "encoder-decoder" if labels.dim() == 2 and shifted else "own"
+    if generative:
+        return "causal"
     if loss_type in TOKEN_LOSSES:
         return "token"
-    # transformers uses the causal loss for generative heads without a loss type.
-    if loss_type in ("ForCausalLM", "ForConditionalGeneration", None):
-        return "encoder-decoder" if config.is_encoder_decoder else "causal"
+    if config is not None:
+        return "own"
     raise TypeError(
         f"model is a {type(model).__name__}, whose per-sample loss is not known here; "
         "expected loss_fn(model, batch) to be given"
@@ -153,4 +247,11 @@ def _sequence_losses(logits: torch.Tensor, labels: torch.Tensor, config: Any) ->
     return loss(logits, labels, reduction="none").mean(1)
 
 
-__all__ = ["IGNORED", "per_sample_loss", "sample_count", "summed_loss"]
+__all__ = [
+    "IGNORED",
+    "default_loss",
+    "own_losses",
+    "per_sample_loss",
+    "sample_count",
+    "summed_loss",
+]

@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorasb_kernels.linear_layers import matrix_shape
 
-def accumulator_bytes(layer: nn.Linear) -> int:
+
+def accumulator_bytes(layer: nn.Module) -> int:
     """Bytes of the gradient accumulator of `layer`: 4 per element, 8 for fp64 weights."""
     size = 8 if layer.weight.dtype == torch.float64 else 4
-    return size * layer.in_features * layer.out_features
+    m, n = matrix_shape(layer)
+    return size * m * n
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -36,7 +36,7 @@ def accumulate(estimation: Estimation, names: list[str], bar) -> None:
                 bar.update()
 
 
-def _checkpointing_kept(model: nn.Module, layers: dict[str, nn.Linear]):
+def _checkpointing_kept(model: nn.Module, layers: dict[str, nn.Module]):
     """Gradient checkpointing of the model's blocks, if the model had it enabled."""
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return nullcontext()

@@ -37,7 +37,7 @@ class Estimation:
     def __init__(
         self,
         model: nn.Module,
-        layers: dict[str, nn.Linear],
+        layers: dict[str, Any],
         batches: list[Any],
         options: EstimationOptions,
         progress: bool,

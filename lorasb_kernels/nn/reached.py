@@ -1,0 +1,83 @@
+"""Which adapted layers training reaches, by the gradients of their factors.
+
+Before each step of an optimizer the layers of a model are looked through, as long as some of them
+never had a gradient. A layer without one, while others have theirs, is not called by the model, or
+its output has no part in the loss: `reached` is False then, and `merge` refuses it.
+
+Seen are the steps of optimizers of `torch.optim` and their subclasses whose gradients are in
+`.grad`. A copy of the model is not watched.
+"""
+
+import functools
+import warnings
+import weakref
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lorasb_kernels.nn.adapted import AdaptedLinear
+
+
+class UnreachedLayerWarning(UserWarning):
+    """The first step of training had no gradient for some adapted layers."""
+
+
+def watch_training(model: nn.Module, names: Iterable[str]) -> None:
+    """Sets `reached` of the adapted layers `names` of `model`, at the steps of its optimizer.
+
+    The first step warns of those that it does not reach.
+    """
+    _hook_once()
+    _watches.append(_Watch(model, names))
+
+
+_watches: list["_Watch"] = []
+
+
+@functools.cache
+def _hook_once() -> None:
+    # Never removed: hooks of all optimizers may not change while they run.
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(*_) -> None:
+    if _watches:
+        _watches[:] = [watch for watch in _watches if watch.goes_on()]
+
+
+class _Watch:
+    def __init__(self, model: nn.Module, names: Iterable[str]):
+        self.pending = list(names)
+        self.count = len(self.pending)
+        self.model = weakref.ref(model)
+
+    def goes_on(self) -> bool:
+        """Looks for gradients; False if there is nothing left to look for."""
+        model = self.model()
+        layers = {} if model is None else dict(model.named_modules())
+        present = {n: layers[n] for n in self.pending if isinstance(layers.get(n), AdaptedLinear)}
+        missing = [name for name, layer in present.items() if not _has_gradient(layer)]
+        if len(missing) == self.count:
+            return True  # a step of another model
+        first = len(self.pending) == self.count
+        for name, layer in present.items():
+            layer.reached = name not in missing
+        self.pending = missing
+        if missing and first:
+            warnings.warn(
+                f"{len(missing)} of {self.count} adapted layers had no gradient in the first step "
+                f"of training, such as {missing[0]}: the model does not call them, or the loss "
+                "does not depend on them. Unless other batches reach them, their adapters have "
+                "no effect, and merging refuses them",
+                UnreachedLayerWarning,
+                stacklevel=2,
+            )
+        return bool(missing)
+
+
+def _has_gradient(layer: AdaptedLinear) -> bool:
+    return any(getattr(layer, name).grad is not None for name in layer.trained)
+
+
+__all__ = ["UnreachedLayerWarning", "watch_training"]
