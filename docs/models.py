@@ -14,10 +14,10 @@ from pathlib import Path
 import peft
 import torch
 import transformers as hf
-from tests.families.names import FAMILIES
 
 from lorasb_kernels.init.estimation.usage import unusable_layers
 from lorasb_kernels.targets import Coverage, coverage_of, select_layers
+from tests.families.names import FAMILIES
 from tests.families.tiny import build
 
 RANK = 16
