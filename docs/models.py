@@ -1,6 +1,6 @@
 """Writes docs/models.md: what "all-linear" adapts of each architecture, and what it leaves out.
 
-    python docs/models.py
+    python -m docs.models
 
 Shares are those of the default configuration, whose model is built without weights. Which layers a
 model passes by, and what peft adapts, is found on a tiny random model of the same class.
@@ -23,14 +23,15 @@ from tests.families.tiny import build
 RANK = 16
 HEAD = f"""# Models
 
-What `target_modules="all-linear"` adapts at r = {RANK}, in the architectures of transformers
-{hf.__version__} that the tests adapt, train, merge, save and load as tiny random models. `python
-docs/models.py` writes this page. Shares are of the matrix weights of the default configuration:
-linear layers, and other parameters of two or three dimensions such as experts; no embeddings,
-convolutions, biases or heads. The last column is what peft {peft.__version__} adapts of them under
-"all-linear", "refused" where it raises an error.
+What `target_modules="all-linear"` adapts at r = {RANK}, in the classes of transformers
+{hf.__version__} that the tests adapt, train, merge, save and load as tiny random models.
+`python -m docs.models` writes this page. Shares are of the matrix weights of the default
+configuration: linear layers, and other parameters of two or three dimensions such as experts; no
+embeddings, convolutions, biases or heads. The last column is what peft {peft.__version__} adapts of
+them under "all-linear", "refused" where it raises an error. What is less than 0.05 % is not listed.
 
-What an adapter cannot reach, and how it is found, is in [choosing](choosing.md#targets).
+How layers are found on which an adapter would have no effect is in
+[choosing](choosing.md#targets).
 
 | model | adapted | not adapted | peft |
 |---|---|---|---|
@@ -55,8 +56,8 @@ def peft_layers(model: torch.nn.Module) -> set[str] | None:
     }
 
 
-def coverage(name: str) -> tuple[Coverage, float | None]:
-    """Ours, and the share that peft adapts."""
+def coverage(name: str) -> tuple[Coverage, str]:
+    """Ours, and the shares that peft adapts, with and without effect."""
     tiny = build(name)
     unusable = {
         pattern(layer): reason
@@ -71,9 +72,11 @@ def coverage(name: str) -> tuple[Coverage, float | None]:
     reasons |= {n: unusable[p] for n in selection.layers if (p := pattern(n)) in unusable}
     ours = coverage_of(model, [n for n in selection.layers if n not in reasons], reasons)
     if theirs is None:
-        return ours, None
+        return ours, "refused"
     names = [n for n, _ in model.named_modules() if pattern(n) in theirs]
-    return ours, coverage_of(model, names, {}).share
+    adapted = coverage_of(model, names, {}).share
+    idle = coverage_of(model, [n for n in names if pattern(n) in unusable], {}).share
+    return ours, f"{adapted:.1%}" + (f", of them {idle:.1%} without effect" if idle else "")
 
 
 def row(name: str) -> str:
@@ -84,8 +87,7 @@ def row(name: str) -> str:
         for group in ours.skipped
         if group.weights / ours.total >= 0.0005
     ]
-    peft_share = "refused" if theirs is None else f"{theirs:.1%}"
-    return f"| {name} | {ours.share:.1%} | {'; '.join(left_out)} | {peft_share} |"
+    return f"| {name} | {ours.share:.1%} | {'; '.join(left_out)} | {theirs} |"
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class LoRASBConfig:
 
     Args:
         r: rank, 1 … 512.
-        target_modules: which linear layers to adapt: `"all-linear"` (every `nn.Linear` except
-            the output head), a tuple of name suffixes, or a regular expression that a
+        target_modules: which linear layers to adapt: `"all-linear"` (every one that can be
+            adapted, except the heads), a tuple of name suffixes, or a regular expression that a
             layer's full name must match.
         init: `"lora-sb"` (truncated SVD of the sign of the first update, arXiv:2411.19557),
             `"lora-xs"` (truncated SVD of the weight, arXiv:2405.17604), `"orthogonal"`

@@ -55,7 +55,7 @@ def install(
         module.requires_grad_(True)
     if config.share_inputs:
         share_inputs(model)
-    watch_training(model, layers)
+    watch_training(layers)
     model.lorasb_config = config  # type: ignore[assignment]
     model.lorasb_skipped = skipped or {}  # type: ignore[assignment]
 

@@ -11,9 +11,8 @@ Seen are the steps of optimizers of `torch.optim` and their subclasses whose gra
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorasb_kernels.nn.adapted import AdaptedLinear
@@ -23,13 +22,13 @@ class UnreachedLayerWarning(UserWarning):
     """The first step of training had no gradient for some adapted layers."""
 
 
-def watch_training(model: nn.Module, names: Iterable[str]) -> None:
-    """Sets `reached` of the adapted layers `names` of `model`, at the steps of its optimizer.
+def watch_training(layers: Mapping[str, AdaptedLinear]) -> None:
+    """Sets `reached` of `layers`, those of one model, at the steps of its optimizer.
 
     The first step warns of those that it does not reach.
     """
     _hook_once()
-    _watches.append(_Watch(model, names))
+    _watches.append(_Watch(layers))
 
 
 _watches: list["_Watch"] = []
@@ -47,23 +46,22 @@ def _before_step(*_) -> None:
 
 
 class _Watch:
-    def __init__(self, model: nn.Module, names: Iterable[str]):
-        self.pending = list(names)
-        self.count = len(self.pending)
-        self.model = weakref.ref(model)
+    def __init__(self, layers: Mapping[str, AdaptedLinear]):
+        self.pending = {name: weakref.ref(layer) for name, layer in layers.items()}
+        self.count = len(layers)
 
     def goes_on(self) -> bool:
         """Looks for gradients; False if there is nothing left to look for."""
-        model = self.model()
-        layers = {} if model is None else dict(model.named_modules())
-        present = {n: layers[n] for n in self.pending if isinstance(layers.get(n), AdaptedLinear)}
-        missing = [name for name, layer in present.items() if not _has_gradient(layer)]
+        layers = {
+            name: layer for name, held in self.pending.items() if (layer := held()) is not None
+        }
+        missing = [name for name, layer in layers.items() if not _has_gradient(layer)]
         if len(missing) == self.count:
             return True  # a step of another model
         first = len(self.pending) == self.count
-        for name, layer in present.items():
+        for name, layer in layers.items():
             layer.reached = name not in missing
-        self.pending = missing
+        self.pending = {name: self.pending[name] for name in missing}
         if missing and first:
             warnings.warn(
                 f"{len(missing)} of {self.count} adapted layers had no gradient in the first step "

@@ -37,7 +37,10 @@ def test_loras_row_of_table_8(roberta_large, r, trained, macs, capsys):
 def test_a_core_adds_its_square(roberta_large, capsys):
     flags = ["--task", "classification", "--seq", "256", "--r", "24"]
     assert main(["describe", roberta_large, *flags, "--target-modules", *GLUE]) == 0
-    assert "55,296 in adapters" in " ".join(capsys.readouterr().out.split())  # 96 layers of 24²
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "55,296 in adapters" in printed  # 96 layers of 24²
+    assert "coverage: " in printed
+    assert "not adapted: 48 Linear (" in printed
 
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])

@@ -136,6 +136,22 @@ def test_gradients_initialize_as_adapt_does():
         initialize_from_gradients(model, batches("llama"), 1e-3, adapter_name="other")
 
 
+def test_weights_that_are_stored_transposed():
+    settings = {"target_modules": ["c_attn", "c_fc"], "scaling": 0.5}
+    model = get_peft_model(build("gpt2"), config(**settings)).eval()
+    randomize(model)
+    batch = batches("gpt2")[0]
+    fields = (4, ("c_attn", "c_fc"), "orthogonal", 0.5)
+    twin = adapt(build("gpt2"), LoRASBConfig(*fields), progress=False)
+    for theirs, ours in zip(layers(model), adapted_layers(twin).values(), strict=True):
+        factors = (theirs.lorasb_A, theirs.lorasb_R, theirs.lorasb_B)
+        ours.set_adapter(*(factor["default"] for factor in factors))
+    expected = twin(**batch).logits
+    assert torch.equal(model(**batch).logits, expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, expected)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="r is 0; expected 1 <= r <= 512"):
         config(r=0)

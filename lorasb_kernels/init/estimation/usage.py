@@ -51,9 +51,13 @@ def unusable_layers(
         loss_fn: runs the model on `batch`.
     """
     if batch is None:
-        batch, loss_fn = tiny_batch(model), None
-    if batch is None:
-        return {}
+        loss_fn = None
+        try:
+            batch = tiny_batch(model)
+        except (AttributeError, ValueError):  # a configuration of another form
+            return {}
+        if batch is None:
+            return {}
     calls, off = _Calls(layers), set()
     with estimation_mode(model), calls.recorded():
         if _runs(model, batch, loss_fn):
