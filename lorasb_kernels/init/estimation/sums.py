@@ -99,7 +99,13 @@ class Estimation:
         """
         if not self._zero:
             return
-        reasons = "; ".join(f"{name} {self._why_zero(name)}" for name in self._zero)
+        layers_by_reason: dict[str, list[str]] = {}
+        for name in self._zero:
+            layers_by_reason.setdefault(self._why_zero(name), []).append(name)
+        reasons = "; ".join(
+            f"{len(names)} {reason}, such as {names[0]}"
+            for reason, names in layers_by_reason.items()
+        )
         if len(self._zero) == len(self.layers):
             raise ValueError(f"the gradient of every target layer is zero: {reasons}")
         warnings.warn(
@@ -118,10 +124,10 @@ class Estimation:
 
     def _why_zero(self, name: str) -> str:
         if name not in self.sums.called:
-            return "takes no part in the forward pass"
+            return "not called in the forward pass"
         if name not in self.sums.reached:
-            return "is not reached by the backward pass (the loss does not depend on it)"
-        return "has gradients that are exactly zero (are all labels ignored?)"
+            return "not reached by the backward pass (the loss does not depend on it)"
+        return "with gradients that are exactly zero (are all labels ignored?)"
 
     def _locate_nonfinite(self, name: str) -> str:
         """Repeats the passes one by one to find the micro-batch that made the sum non-finite."""
