@@ -96,7 +96,7 @@ def prepared(
     options: EstimationOptions,
     progress: bool = False,
 ) -> Estimation:
-    """Checks the arguments of `estimate_gradients`; nothing has run yet."""
+    """Checks the arguments of `estimate_gradients` and chooses the loss."""
     if not isinstance(options, EstimationOptions):
         raise TypeError(f"options is a {type(options).__name__}; expected EstimationOptions")
     model = _unwrapped(model)

@@ -49,13 +49,13 @@ class NoiseScale:
 class _RowSums(GradientSums):
     """Of a few rows of each gradient: the sum, and the squared norms of the micro-batches' sums."""
 
-    def __init__(self, layers: dict[str, nn.Linear]):
+    def __init__(self, layers: dict[str, nn.Module]):
         super().__init__(layers)
         self.squares = {name: 0.0 for name in layers}
         self.totals: dict[str, torch.Tensor] = {}
 
-    def _rows(self, layer: nn.Linear) -> int:
-        return min(layer.out_features, ROWS)
+    def _rows(self, layer: nn.Module) -> int:
+        return min(super()._rows(layer), ROWS)
 
     def end_batch(self) -> None:
         """Adds the micro-batch to what was before it."""
