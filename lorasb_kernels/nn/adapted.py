@@ -262,9 +262,11 @@ class AdaptedLinear(nn.Linear):
             if output is not None:
                 return output
         weight, lora_A, lora_R, lora_B, bias = self._tensors()
+        if weight is None or self.transposed:
+            weight = self.frozen_weight()
         return lorasb_linear(
             x,
-            self.frozen_weight() if weight is None else weight,
+            weight,
             lora_A,
             self.core() if self.optimal_gradient else lora_R,
             lora_B,
