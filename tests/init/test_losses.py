@@ -167,3 +167,9 @@ def test_a_model_without_a_loss_is_named():
     model = tiny("ViTForImageClassification")
     with pytest.raises(ValueError, match="ViTForImageClassification returns no loss for"):
         own_losses(model, {"pixel_values": torch.zeros(1, 3, 32, 32)})
+
+
+def test_per_sample_loss_falls_back_to_the_models_own():
+    model = tiny("WhisperForConditionalGeneration")
+    batch = check_samples(model)
+    torch.testing.assert_close(per_sample_loss(model, batch), own_losses(model, batch))
