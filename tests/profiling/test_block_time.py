@@ -11,7 +11,7 @@ from lorasb_kernels.profiling.block_time import (
     seconds,
     training_tokens_per_second,
 )
-from lorasb_kernels.profiling.layer_time import ROUTES, routes_of
+from lorasb_kernels.profiling.layer_time import ROUTES, expand, routes_of
 from lorasb_kernels.profiling.prediction import floor
 from lorasb_kernels.profiling.roofline import datasheet_ceilings
 from lorasb_kernels.profiling.shapes import PRESETS
@@ -62,6 +62,8 @@ def test_the_launches_of_a_layer_and_its_siblings():
     assert names.count("projection") == 4
     assert names.count("two_call") == 4
     assert names.count("gemm") == 2
+    launches = list(adapted_launches(gpu, qkv, 8192, 96, "two_call", True))
+    assert expand(gpu, 8192, 4096, 4096, 3 * 96, True, "two_call") in launches
     assert names.count("add") == 0
     assert [launch.name for launch in frozen_launches(gpu, qkv, 8192)].count("add") == 2
 

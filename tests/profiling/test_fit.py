@@ -86,6 +86,21 @@ def test_a_rate_that_nothing_depends_on_stays():
         assert getattr(found, name) == pytest.approx(getattr(PUBLISHED.rates, name))
 
 
+def test_noise_does_not_drive_a_rate_on_which_little_depends():
+    """A launch is a thousandth of these times, and they are wrong by a few hundredths."""
+    wrong = np.random.default_rng(1).normal(0, 0.03, 6)
+    large = [
+        Case(
+            f"{M}",
+            functools.partial(predict_gemm, M=M, N=4096, K=4096),
+            predict_gemm(PUBLISHED, M, 4096, 4096) * np.exp(error),
+        )
+        for M, error in zip((3000, 4000, 5000, 6000, 7000, 8000), wrong, strict=True)
+    ]
+    found = fit(PUBLISHED, large).rates
+    assert found.launch == pytest.approx(PUBLISHED.rates.launch, rel=0.5)
+
+
 @pytest.mark.parametrize("given", [[], [Case("broken clock", lambda gpu: 1.0, 0.0)]])
 def test_times_that_are_none_are_refused(given):
     with pytest.raises(ValueError, match="expected at least one, with positive times"):
