@@ -3,6 +3,7 @@
     lorasb_config.json       the record: configuration, layers, fingerprint (`io/record.py`)
     subspace.safetensors     A and B of every layer, written once per initialization
     adapter.safetensors      the R's, packed, and the saved modules: what training changes
+    README.md                a model card, unless there is one (`io/model_card.py`)
 
 LoRA trains A and B: they are in `adapter.safetensors`, and `subspace.safetensors` only identifies
 the frozen weights. LoRA-XS rebuilds A and B from the frozen weights, and `subspace.safetensors`
@@ -35,6 +36,7 @@ from lorasb_kernels.io.layer_tensors import (
     trained_factors,
 )
 from lorasb_kernels.io.lora_xs import subspace_probes
+from lorasb_kernels.io.model_card import public_name, write_card
 from lorasb_kernels.io.record import CONFIG_FILE, FORMAT, Record, read_fields
 from lorasb_kernels.io.subspace import ADAPTER_FILE, SUBSPACE_FILE, Subspace
 from lorasb_kernels.io.tensors import FACTOR_DTYPES, digest_of, pack_cores, saved_tensors
@@ -101,11 +103,12 @@ def _write_subspace(model: nn.Module, layers: dict[str, AdaptedLinear], director
     digest = digest_of(tensors)
     transposed = tuple(name for name, layer in layers.items() if stores_transposed(layer))
     kinds = quantizations(layers)
-    record = Record.of(config, tuple(layers), kinds, digest, base_model, transposed)
+    record = Record.of(config, tuple(layers), kinds, digest, public_name(base_model), transposed)
     if not _stored(directory, record):
         metadata = {"format": FORMAT, "digest": digest}
         write_tensors(directory / SUBSPACE_FILE, tensors, metadata)
         record.write(directory)
+        write_card(directory, record, base_model)
     return record
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, save_adapter
+from lorasb_kernels.io.model_card import CARD_FILE
 from lorasb_kernels.io.record import CONFIG_FILE
 from lorasb_kernels.io.subspace import ADAPTER_FILE, SUBSPACE_FILE
 from lorasb_kernels.targets import adapted_layers
@@ -75,7 +76,7 @@ write_adapter(Path(sys.argv[1]), "orthogonal")
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in "12"
     )
-    assert one.keys() == {CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE}
+    assert one.keys() == {CONFIG_FILE, SUBSPACE_FILE, ADAPTER_FILE, CARD_FILE}
     assert one == two
 
 

@@ -29,6 +29,7 @@ FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "model.safetensors",
+    "README.md",
 }
 
 

@@ -145,8 +145,8 @@ def what_next(folder: Path) -> str:
         "What next:\n"
         f"  ask it           {lorasb} chat --run {folder}\n"
         f"  your own data    {lorasb} train --model {assets.smollm2()} {data}\n"
-        "  other settings   docs/settings.md, docs/training.md\n"
-        "  serve it         docs/serving.md"
+        f"  its settings     {lorasb} train --help\n"
+        f"  serve it         {folder / 'merged'} is a plain model of transformers"
     )
 
 
