@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.triton.launching import launch
 from lorasb_kernels.ops.triton.parts import arrives_last, launch_guard
 from lorasb_kernels.ops.triton.projection import project
 from lorasb_kernels.ops.triton.tiles import architecture, gradient_tile, rank_tiles, row_splits
@@ -90,23 +91,15 @@ def rank_gradient(g: torch.Tensor, h: torch.Tensor, scaling: float) -> torch.Ten
     if splits > 1:
         partial = torch.empty((splits, r, r), dtype=torch.float32, device=g.device)
         arrived = torch.zeros(tiles * tiles, dtype=torch.int32, device=g.device)
+    constants = {
+        "SPLIT": splits > 1,
+        "BLOCK_R": block_r,
+        "PRECISION": dot_precision(g.dtype),
+        **tile.launch_options(),
+    }
+    pointers, numbers = (g, h, dR, partial, arrived), (M, r, splits, rows_per_split, scaling)
     with launch_guard(g):
-        gradient_kernel[(tiles * tiles * splits,)](
-            g,
-            h,
-            dR,
-            partial,
-            arrived,
-            M,
-            r,
-            splits,
-            rows_per_split,
-            scaling,
-            SPLIT=splits > 1,
-            BLOCK_R=block_r,
-            PRECISION=dot_precision(g.dtype),
-            **tile.launch_options(),
-        )
+        launch(gradient_kernel, tiles * tiles * splits, pointers, numbers, constants)
     return dR
 
 

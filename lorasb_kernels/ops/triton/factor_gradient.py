@@ -20,6 +20,7 @@ import triton.language as tl
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.triton.launching import launch
 from lorasb_kernels.ops.triton.parts import arrives_last, keep_mask, launch_guard
 from lorasb_kernels.ops.triton.tiles import architecture, multiprocessors, rank_tiles
 
@@ -118,30 +119,19 @@ def factor_gradient(left, rows, dropout, seed):
     if splits > 1:
         partial = torch.empty((splits, r, k), dtype=torch.float32, device=rows.device)
         arrived = torch.zeros(column_tiles, dtype=torch.int32, device=rows.device)
+    constants = {
+        "DROPOUT": dropout > 0,
+        "SPLIT": splits > 1,
+        "RANK_TILES": tiles,
+        "BLOCK_R": block_r,
+        "PRECISION": dot_precision(rows.dtype),
+        **tile.launch_options(),
+    }
+    pointers = (left, rows, out, partial, arrived, seed)
+    sizes = (M, k, r, left.stride(0), rows.stride(0), splits, rows_per_split)
+    drops = (1 / (1 - dropout), keep_threshold(dropout))
     with launch_guard(rows):
-        factor_gradient_kernel[(column_tiles * splits,)](
-            left,
-            rows,
-            out,
-            partial,
-            arrived,
-            seed,
-            M,
-            k,
-            r,
-            left.stride(0),
-            rows.stride(0),
-            splits,
-            rows_per_split,
-            1 / (1 - dropout),
-            keep_threshold(dropout),
-            DROPOUT=dropout > 0,
-            SPLIT=splits > 1,
-            RANK_TILES=tiles,
-            BLOCK_R=block_r,
-            PRECISION=dot_precision(rows.dtype),
-            **tile.launch_options(),
-        )
+        launch(factor_gradient_kernel, column_tiles * splits, pointers, sizes + drops, constants)
     return out
 
 

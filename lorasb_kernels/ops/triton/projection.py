@@ -21,12 +21,16 @@ Reads x once (M·n elements); A is read from L2 by every row tile. Writes h and 
   core is padded with the zeros of a block diagonal.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
+from lorasb_kernels.ops.triton.launching import launch
 from lorasb_kernels.ops.triton.parts import (
     arrives_last,
     in_units,
@@ -42,6 +46,7 @@ from lorasb_kernels.ops.triton.tiles import (
     rank_tiles,
 )
 
+UNITS = ("N_UNIT", "R_UNIT", "XM_UNIT", "AR_UNIT", "AN_UNIT")  # see `in_units`
 MAX_LAYERS = 3  # of one launch; the largest sets of siblings are q, k and v
 
 
@@ -228,63 +233,77 @@ def project_group(
 
 def _launch(x, As, cores, h, p, scaling, dropout, seed) -> None:
     """Fills `h` and `p`, [layers, M, r]; the As have equal strides, and so do the cores."""
-    M, n = x.shape
-    r, layers = As[0].shape[0], len(As)
+    M, layers = x.shape[0], len(As)
     if M == 0:
         return
-    tile = projection_tile(architecture(x.device), x.dtype, r, M, dropout > 0)
-    block_r, tiles = rank_tiles(r)
-    row_tiles = triton.cdiv(M, tile.BLOCK_M)
-    splits, steps_per_split = column_splits(
-        row_tiles * layers, n, r, tile, multiprocessors(x.device)
+    plan = _plan(
+        architecture(x.device),
+        multiprocessors(x.device),
+        x.dtype,
+        x.shape,
+        x.stride(),
+        As[0].shape[0],
+        As[0].stride(),
+        cores[0].stride(),
+        layers,
+        dropout > 0,
+        dot_precision(x.dtype),
     )
-    (n_units, n_unit), (r_units, r_unit) = in_units(n), in_units(r)
-    xm_units, xm_unit = in_units(x.stride(0))
-    (ar_units, ar_unit), (an_units, an_unit) = map(in_units, As[0].stride())
     partial = arrived = None
-    if splits > 1:
-        shape = (layers, splits, M, tiles * block_r)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if plan.partial is not None:
+        partial = torch.empty(plan.partial, dtype=torch.float32, device=x.device)
         # Allocated for each call: a counter shared by calls would not be safe across streams and
         # CUDA graphs.
-        arrived = torch.zeros(row_tiles * layers, dtype=torch.int32, device=x.device)
+        arrived = torch.zeros(plan.counters, dtype=torch.int32, device=x.device)
     factors = [factor for layer in zip(As, cores, strict=True) for factor in layer]
+    missing = (None,) * (2 * (MAX_LAYERS - layers))
+    pointers = (x, *factors, *missing, h, p, partial, arrived, seed)
+    drops = (scaling, 1 / (1 - dropout), keep_threshold(dropout))
     with launch_guard(x):
-        projection_kernel[(row_tiles * splits * layers,)](
-            x,
-            *factors,
-            *(None,) * (2 * (MAX_LAYERS - layers)),
-            h,
-            p,
-            partial,
-            arrived,
-            seed,
-            M,
-            n_units,
-            r_units,
-            xm_units,
-            x.stride(1),
-            ar_units,
-            an_units,
-            *cores[0].stride(),
-            splits,
-            steps_per_split,
-            scaling,
-            1 / (1 - dropout),
-            keep_threshold(dropout),
-            N_UNIT=n_unit,
-            R_UNIT=r_unit,
-            XM_UNIT=xm_unit,
-            AR_UNIT=ar_unit,
-            AN_UNIT=an_unit,
-            DROPOUT=dropout > 0,
-            SPLIT=splits > 1,
-            LAYERS=layers,
-            RANK_TILES=tiles,
-            BLOCK_R=block_r,
-            PRECISION=dot_precision(x.dtype),
+        launch(projection_kernel, plan.blocks, pointers, plan.sizes + drops, plan.constants)
+
+
+class _Plan(NamedTuple):
+    """What a launch of the projection needs beside its tensors and the dropout."""
+
+    blocks: int
+    partial: tuple[int, ...] | None  # shape of the fp32 partial sums, if columns are split
+    counters: int
+    sizes: tuple[int, ...]
+    constants: dict
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    arch, processors, dtype, x_shape, x_strides, r, a_strides, r_strides, layers, masked, precision
+) -> _Plan:
+    M, n = x_shape
+    tile = projection_tile(arch, dtype, r, M, masked)
+    block_r, tiles = rank_tiles(r)
+    row_tiles = triton.cdiv(M, tile.BLOCK_M)
+    splits, steps_per_split = column_splits(row_tiles * layers, n, r, tile, processors)
+    in_parts = (n, r, x_strides[0], *a_strides)
+    (n_units, r_units, *strides), units = zip(*map(in_units, in_parts), strict=True)
+    xm_units, ar_units, an_units = strides
+    return _Plan(
+        blocks=row_tiles * splits * layers,
+        partial=(layers, splits, M, tiles * block_r) if splits > 1 else None,
+        counters=row_tiles * layers,
+        sizes=(
+            *(M, n_units, r_units, xm_units, x_strides[1], ar_units, an_units),
+            *(*r_strides, splits, steps_per_split),
+        ),
+        constants={
+            **dict(zip(UNITS, units, strict=True)),
+            "DROPOUT": masked,
+            "SPLIT": splits > 1,
+            "LAYERS": layers,
+            "RANK_TILES": tiles,
+            "BLOCK_R": block_r,
+            "PRECISION": precision,
             **tile.launch_options(),
-        )
+        },
+    )
 
 
 __all__ = ["MAX_LAYERS", "project", "project_group", "projection_kernel"]

@@ -63,7 +63,7 @@ class Tile:
 
     def launch_options(self) -> dict[str, int]:
         """Keyword arguments of a launch: the fields by name."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     def __str__(self) -> str:
         options = self.launch_options()
