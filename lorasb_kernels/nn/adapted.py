@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 # One call for torch.fx, as nn.Linear is: its checks and its choice of a backend want tensors.
 torch.fx.wrap("lorasb_linear")
 
-_TENSORS = ("weight", "lora_A", "lora_R", "lora_B", "bias")
-
 
 class AdaptedLinear(nn.Linear):
     """`y = x (W + s·B·R·A)ᵀ + bias` with W and bias frozen: the base of all adapted layers.
@@ -261,7 +259,14 @@ class AdaptedLinear(nn.Linear):
             output = self.shared_input.forward(self, x)
             if output is not None:
                 return output
-        weight, lora_A, lora_R, lora_B, bias = self._tensors()
+        # From where `nn.Module` keeps them: to find one as an attribute costs a microsecond.
+        held = {**self._buffers, **self._parameters}
+        try:
+            weight, bias = held["weight"], held["bias"]
+            lora_A, lora_R, lora_B = held["lora_A"], held["lora_R"], held["lora_B"]
+        except KeyError:  # made an attribute (FSDP), or computed (parametrizations)
+            weight, bias = self.weight, self.bias
+            lora_A, lora_R, lora_B = self.lora_A, self.lora_R, self.lora_B
         if weight is None or self.transposed:
             weight = self.frozen_weight()
         return lorasb_linear(
@@ -276,19 +281,6 @@ class AdaptedLinear(nn.Linear):
             self.training,
             self.backend,
         )
-
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """W (None: quantized), A, R, B and bias.
-
-        Taken from where `nn.Module` keeps them: to find them, as attributes, it takes a
-        microsecond each. Those that something turned into attributes (FSDP) or computes
-        (parametrizations) are not there.
-        """
-        held = {**self._buffers, **self._parameters}
-        try:
-            return tuple([held[name] for name in _TENSORS])
-        except KeyError:
-            return tuple([getattr(self, name) for name in _TENSORS])
 
     def get_delta_weight(self) -> torch.Tensor:
         """`s·B·R·A`, [m, n], computed and returned in fp32 (fp64 with an fp64 weight)."""

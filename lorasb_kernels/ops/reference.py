@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from lorasb_kernels.ops.bitplanes import UNPACKED_AT_ONCE, panels, signs_of, unpack
 from lorasb_kernels.ops.dropout import keep_mask
 from lorasb_kernels.ops.token_rows import accumulator_dtype
-from lorasb_kernels.ops.two_call import two_call, two_call_input_gradient
+from lorasb_kernels.ops.two_call import FROZEN_FIRST_FROM, two_call
 
 # Tokens converted to fp32 at a time; this bounds the size of the copies of 16-bit operands.
 CHUNK = 2048
@@ -79,10 +79,12 @@ def core_input_gradient(dy, lora_B, lora_R, scaling):
 
 
 def input_gradient(dy, weight, q, lora_A, dropout, seed):
-    """dx = dy W + drop(q A) [M, n]."""
-    if dropout == 0:
-        return two_call_input_gradient(dy, weight, q, lora_A)
-    return expand(dy, weight.t(), q, lora_A.t(), None, dropout, seed)
+    """dx = dy W + drop(q A) [M, n]: `expand` on Wᵀ and Aᵀ, without the views of them."""
+    if dropout > 0:
+        return expand(dy, weight.t(), q, lora_A.t(), None, dropout, seed)
+    if dy.shape[1] >= FROZEN_FIRST_FROM:
+        return torch.mm(dy, weight).addmm_(q, lora_A)
+    return torch.mm(q, lora_A).addmm_(dy, weight)
 
 
 def factor_gradient(left, rows, dropout, seed):

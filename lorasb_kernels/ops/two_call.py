@@ -31,13 +31,4 @@ def two_call(
     return F.linear(p, factor, bias).addmm_(x, weight.t())
 
 
-def two_call_input_gradient(
-    dy: torch.Tensor, weight: torch.Tensor, q: torch.Tensor, lora_A: torch.Tensor
-) -> torch.Tensor:
-    """`dy W + q A`, [M, n]: `two_call` on Wᵀ and Aᵀ, without the views."""
-    if dy.shape[1] >= FROZEN_FIRST_FROM:
-        return torch.mm(dy, weight).addmm_(q, lora_A)
-    return torch.mm(q, lora_A).addmm_(dy, weight)
-
-
-__all__ = ["FROZEN_FIRST_FROM", "two_call", "two_call_input_gradient"]
+__all__ = ["FROZEN_FIRST_FROM", "two_call"]

@@ -93,49 +93,50 @@ class LoRASBFunction(torch.autograd.Function):
             seed,
         )
         ctx.frozen = weight if frozen else None
-        ctx.scaling, ctx.dropout, ctx.backend, ctx.link = scaling, dropout, backend, link
-        ctx.direct = direct
+        ctx.scaling, ctx.dropout, ctx.link = scaling, dropout, link
+        ctx.run, ctx.backend, ctx.direct = run, backend, direct
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        # A pass that is not differentiated itself, nearly every one, is spared the wrapper.
-        return _twice_refused(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        if torch.is_grad_enabled():  # seldom: for most passes the wrapper is only a cost
+            return _refuse_twice(ctx, dy)
+        x, h, p, lora_A, lora_R, lora_B, weight, seed = ctx.saved_tensors
+        trains_x, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
+        scaling, dropout, run, dtype = ctx.scaling, ctx.dropout, ctx.run, dy.dtype
+        if ctx.direct and (is_observed() or type(dy) not in PLAIN_TENSORS):
+            run = operations(ctx.backend, False)
+        rows = as_rows(dy)
+        if lora_A.dtype != dtype:
+            lora_A = lora_A.to(dtype)
+        if lora_B.dtype != dtype:
+            lora_B = lora_B.to(dtype)
+        linked = ctx.link is not None and ctx.link.needed()
+        q = dx = dA = dR = dB = dtoken = None
+        if trains_R:
+            q, dR = run.core_backward(rows, h, lora_B, lora_R, scaling)
+        elif trains_x or trains_A or linked:
+            q = run.core_input_gradient(rows, lora_B, lora_R, scaling)
+        if trains_A:
+            dA = run.gradient_of_A(q, as_rows(x), dropout, seed)
+        if trains_B:
+            dB = run.gradient_of_B(p, rows)
+        if trains_x:
+            frozen = weight if ctx.frozen is None else dense(ctx.frozen, dtype)
+            dx = run.input_gradient(rows, frozen, q, lora_A, dropout, seed)
+            if dy.dim() != 2:
+                dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        if linked:
+            ctx.link.leave(q, ctx.frozen or weight, lora_A)
+            dtoken = rows
+        return dx, dA, dR, dB, None, None, None, None, None, None, None, None, dtoken, None
 
 
-def _backward(ctx, dy):
-    x, h, p, lora_A, lora_R, lora_B, weight, seed = ctx.saved_tensors
-    trains_x, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
-    scaling, dropout, dtype = ctx.scaling, ctx.dropout, dy.dtype
-    direct = ctx.direct and type(dy) in PLAIN_TENSORS and not is_observed()
-    run = operations(ctx.backend, direct)
-    rows = as_rows(dy)
-    if lora_A.dtype != dtype:
-        lora_A = lora_A.to(dtype)
-    if lora_B.dtype != dtype:
-        lora_B = lora_B.to(dtype)
-    linked = ctx.link is not None and ctx.link.needed()
-    q = dx = dA = dR = dB = dtoken = None
-    if trains_R:
-        q, dR = run.core_backward(rows, h, lora_B, lora_R, scaling)
-    elif trains_x or trains_A or linked:
-        q = run.core_input_gradient(rows, lora_B, lora_R, scaling)
-    if trains_A:
-        dA = run.gradient_of_A(q, as_rows(x), dropout, seed)
-    if trains_B:
-        dB = run.gradient_of_B(p, rows)
-    if trains_x:
-        frozen = weight if ctx.frozen is None else dense(ctx.frozen, dtype)
-        dx = run.input_gradient(rows, frozen, q, lora_A, dropout, seed)
-        if dy.dim() != 2:
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
-    if linked:
-        ctx.link.leave(q, ctx.frozen or weight, lora_A)
-        dtoken = rows
-    return (dx, dA, dR, dB, *(None,) * 8, dtoken, None)
+@torch.autograd.function.once_differentiable
+def _refuse_twice(ctx, dy):
+    """The same without gradients, with an error when the gradients are differentiated."""
+    return LoRASBFunction.backward(ctx, dy)
 
-
-_twice_refused = torch.autograd.function.once_differentiable(_backward)
 
 # What `LoRASBFunction.apply` comes to where functorch is not active: it looks through all
 # arguments for tensors of a transform that has ended.
