@@ -68,6 +68,18 @@ def configuration(key: str, layers: int | None = None):
                 "pad_token_id": 1,
             },
         ),
+        "smollm2-135m": (
+            hf.LlamaConfig,
+            {
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "vocab_size": 49152,
+                "tie_word_embeddings": True,
+            },
+        ),
         "tiny": (
             hf.LlamaConfig,
             {

@@ -6,9 +6,11 @@ Shows the newest results of each GPU, and nothing that is not in the database.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.host import tables
 from bench.plots import draw_plots
 from lorasb_kernels.profiling.results import Results, Row, read_all
 from lorasb_kernels.utils.files import write_text
@@ -24,24 +26,37 @@ Times are medians of interleaved bursts over operands larger than the L2 cache, 
 backward with the input gradient where it says "both". Overhead is the time over that of the
 frozen layer in the same run. `python -m bench.changes` compares two sets of results.
 """
+HOST = """## What an adapter costs the host
+
+`python -m bench.host`, one core, {date}, commit {commit}, torch {torch}. Two x86 cores that other
+programs used as well: only the relations within a table mean something. Medians of interleaved
+bursts, processor time of the process; in brackets the multiple of the first line. LoRA-SB trains R,
+peft and "LoRA" train A and B, "published" is the form of LoRA-SB's published code, "addmm" an
+autograd function around in-place `addmm_`.
+
+{tables}
+"""
 NOTHING = """
 **Not measured.** There are no results of a GPU in the database yet, so there is no number to
 show. `lorasb profile --gpu a6000` prints what the roofline predicts.
 """
 
 
-def render(results: Sequence[Results], docs: str | Path) -> list[Path]:
+def render(results: Sequence[Results], docs: str | Path, host: dict | None = None) -> list[Path]:
     """Writes `benchmarks.md` and the plots into `docs`; returns the files.
 
     Args:
         results: all results, oldest first.
         docs: folder.
+        host: what `bench.host` measured, the content of its host.json.
     """
     docs = Path(docs)
     newest = {found.environment.gpu: found for found in results}
     parts, files = [HEAD], []
     if not any(not gpu.startswith("cpu") for gpu in newest):
         parts.append(NOTHING)
+    if host is not None:
+        parts.append(HOST.format(tables=tables(host), **host["environment"]))
     for found in newest.values():
         plots = draw_plots(found, docs / "images")
         files += plots
@@ -185,6 +200,11 @@ SECTIONS = (
 )
 
 
+def _host(folder: str | Path) -> dict | None:
+    path = Path(folder) / "host.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page and its plots, and prints their names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -192,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", default="docs", help="folder to write into, default docs")
     options = parser.parse_args(arguments)
     try:
-        for path in render(read_all(options.results), options.docs):
+        for path in render(read_all(options.results), options.docs, _host(options.results)):
             print(path)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
