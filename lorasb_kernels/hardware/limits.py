@@ -117,6 +117,7 @@ def limits(work: Work, gpu: Gpu) -> Limits:
     memory, l2 = work.memory_bytes / rates.bandwidth, work.l2_bytes / rates.l2
     floor = max(memory, l2, *totals)
 
+    # Rounds of as many blocks as fit; without waiting (`busy`) and with it.
     resident = min(work.resident, math.ceil(work.blocks / gpu.multiprocessors))
     most = resident * gpu.multiprocessors
     rounds, rest = divmod(work.blocks, most)
@@ -134,6 +135,7 @@ def limits(work: Work, gpu: Gpu) -> Limits:
             stalled += part.steps * step
         busy += count * max(moved, computed)
         waiting += count * max(moved, stalled)
+    # The ends of a block are covered by others of its multiprocessor, except in the first round.
     in_turn = math.ceil(work.blocks / most)
     chain = sum(part.demand.slots for part in work.parts if part.steps == 1) / work.warps
     alone = work.turns * rates.latency + chain * DEPENDENT_ISSUE / clock
@@ -159,7 +161,7 @@ def _seconds(demand: Demand, work: Work, gpu: Gpu) -> tuple[float, float, float]
 def total(parts: list[Limits]) -> Limits:
     """The sum of launches that run one after another, limit by limit.
 
-    The floors of a sum are each launch's own, so the sum of `total` is kept in `waves`.
+    Each launch has a floor of its own: what these add up to beyond the longest sum counts as waves.
     """
     sums = {name: sum(getattr(part, name) for part in parts) for name in LIMITS}
     longest = max(sums[name] for name in THROUGHPUT)
