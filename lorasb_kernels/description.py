@@ -117,7 +117,8 @@ def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Descriptio
 
     Args:
         model: an adapted model, or with `config` a plain one, meta tensors included.
-        config: what `adapt` would be called with.
+        config: what `adapt` would be called with. The model is not run, so layers that `adapt`
+            would find to be passed by count as adapted.
 
     Raises:
         ValueError: neither adapters nor a configuration, or targets that `adapt` refuses.

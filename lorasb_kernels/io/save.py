@@ -20,6 +20,7 @@ Adapters that share A and B need not store them: with `save_adapter(..., subspac
 adapter is `adapter.safetensors` alone, and states where the other two files are.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -90,9 +91,21 @@ def save_adapter(
         _check_same_subspace(model, layers, subspace)
         record = subspace.record
         metadata |= _place(directory, subspace)
+    if unreached := _unreached(layers, tensors):
+        metadata["unreached"] = json.dumps(unreached)
     packed = pack_cores(tensors, record.layers)
     metadata |= {"fingerprint": record.fingerprint, "digest": digest_of(packed)}
     write_tensors(directory / ADAPTER_FILE, packed, metadata)
+
+
+def _unreached(layers: dict[str, AdaptedLinear], tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The layers that no step of training reached, though their adapters are not zero."""
+    return [
+        name
+        for name, layer in layers.items()
+        if layer.reached is False
+        and all(tensors[f"{name}.{factor}"].any() for factor in layer.trained)
+    ]
 
 
 def _write_subspace(model: nn.Module, layers: dict[str, AdaptedLinear], directory: Path) -> Record:

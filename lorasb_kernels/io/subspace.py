@@ -18,6 +18,7 @@ from lorasb_kernels.io import format_1
 from lorasb_kernels.io.hub import local_folder
 from lorasb_kernels.io.record import CONFIG_FILE, FORMAT, Record, read_fields
 from lorasb_kernels.io.tensors import digest_of, read_tensors, unpack_cores
+from lorasb_kernels.nn.reached import UnreachedLayerWarning
 
 SUBSPACE_FILE = "subspace.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
@@ -80,6 +81,7 @@ class Subspace:
 
         Warns:
             UntrainedAdapterWarning: the adapter was saved before it was trained.
+            UnreachedLayerWarning: training never reached some of its layers.
 
         Raises:
             FileNotFoundError: the file is missing.
@@ -100,6 +102,13 @@ class Subspace:
             warnings.warn(
                 f"{path.parent} holds an adapter as it was before training",
                 UntrainedAdapterWarning,
+                stacklevel=2,
+            )
+        if "unreached" in metadata:
+            warnings.warn(
+                f"{path.parent}: training never reached the layers {metadata['unreached'][:300]}, "
+                "though their adapters are not zero; merging them may change the model",
+                UnreachedLayerWarning,
                 stacklevel=2,
             )
         try:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorasb_kernels import LoRASBConfig, PackedCores, adapt, merge_and_unload
+from lorasb_kernels import (
+    LoRASBConfig,
+    PackedCores,
+    adapt,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+)
 from lorasb_kernels.nn.reached import UnreachedLayerWarning
 from lorasb_kernels.targets import adapted_layers
 
@@ -74,6 +81,20 @@ def test_merging_refuses_it_before_anything_changes(model):
     merge_and_unload(model, skip_unreached=True)
     assert not adapted_layers(model)
     torch.testing.assert_close(model(x, rare=True), expected)
+
+
+def test_a_saved_adapter_tells_of_it(model, tmp_path):
+    save_adapter(model, tmp_path / "before")
+    with pytest.warns(UnreachedLayerWarning):
+        step(model, torch.optim.SGD(parameters(model), lr=0.01), rare=True)
+    save_adapter(model, tmp_path / "after")
+    torch.manual_seed(0)
+    with pytest.warns(UnreachedLayerWarning, match=r'never reached the layers \["read"\]'):
+        load_adapter(PassesBy(), tmp_path / "after")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(PassesBy(), tmp_path / "before")
 
 
 def test_an_adapter_that_is_zero_merges():
