@@ -7,10 +7,10 @@
 #   make demo-compare   the methods side by side on the demo's data
 #   make lint           ruff, format check, and mypy on the public modules
 #   make ext            build the CUDA extension in place, incrementally
-#   make gpu            everything that needs a GPU, in nine minutes: the tests on it, then the
-#                       benchmarks; PART=tests|kernels|linear|init|train for one part, DRY=1
-#                       for the whole path on the CPU with tiny shapes, OUT= for the results,
-#                       PY= for an interpreter that has torch already
+#   make gpu            everything that needs a GPU, in nine minutes, the headline numbers in the
+#                       first two; prints one table and names one file to send. PART=headline|…
+#                       for one part, DRY=1 for the whole path on the CPU with tiny shapes, OUT=
+#                       for the results, PY= for an interpreter that has torch already
 #   make docs           docs/api.md, the picture of README.md and, into out/docs, the API
 #                       reference from the docstrings
 #   make wheel          wheels without and, with a CUDA toolkit, with the extension
@@ -67,6 +67,7 @@ ext: $(VENV)/base.stamp
 	LORASB_FORCE_CUDA=1 $(PY) setup.py build_ext --inplace
 
 gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/test.stamp)
+	$(if $(DRY),,$(PY) -m bench.extension)
 	$(PY) -m bench.gpu $(addprefix --part ,$(PART)) $(if $(DRY),--dry) $(addprefix --out ,$(OUT))
 
 docs: $(VENV)/test.stamp

@@ -15,20 +15,21 @@ from bench.environment import environment
 from bench.recording import Case, Measurement, ReplayClock, rows, write
 from lorasb_kernels.profiling.results import Row
 from lorasb_kernels.profiling.roofline import Ceilings, measure_ceilings
+from lorasb_kernels.utils.timing import median
 
 CLOCK = ReplayClock()
 ROWS = pytest.StashKey[list]()
 STARTED = pytest.StashKey[float]()
-SAVE_EVERY = 5.0  # seconds; a crash loses at most this much
+SAVE_EVERY = 1.0  # seconds between writes of the results
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("lorasb")
     group.addoption(
         "--grid",
-        choices=("tiny", "headline", "full"),
+        choices=("tiny", "first", "headline", "full"),
         default="headline",
-        help="which cases: tiny tries the path out, headline is what `make gpu` runs",
+        help="which cases: tiny tries the path out; first, then headline, is what `make gpu` runs",
     )
     group.addoption("--results", metavar="FOLDER", help="add the results to this database")
     group.addoption(
@@ -89,6 +90,8 @@ class Recorder:
         self.device = device
         self.environment = environment(device)
         self._ceilings: dict[str, Ceilings] = {}
+        self._config = config
+        self._announcements: list[str] = []
         self._saved = time.monotonic()
 
     def ceilings(self, dtype: str) -> Ceilings:
@@ -114,16 +117,22 @@ class Recorder:
         for row in found:
             if row.quantity != "time":
                 benchmark.extra_info[f"{row.quantity} [{row.unit}]"] = row.value
+        seconds = median(measured.samples)
+        self._announcements.append(f"measured: {benchmark.group} {contender}: {seconds:.3g} s")
         CLOCK.load(measured.samples)
         benchmark.pedantic(CLOCK.advance, rounds=len(measured.samples))
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
 
     def save(self) -> None:
-        """Writes the measurements since the last call."""
+        """Writes the measurements since the last call; only then are they announced."""
         if self.folder and self.rows:
             write(self.folder, self.environment, self.rows)
             self.rows.clear()
+            capture = self._config.pluginmanager.getplugin("capturemanager")
+            with capture.global_and_fixture_disabled():
+                print("", *self._announcements, sep="\n", flush=True)
+        self._announcements.clear()
         self._saved = time.monotonic()
 
 

@@ -1,38 +1,33 @@
-"""Everything that needs a GPU, in at most nine minutes: `make gpu`.
+"""Everything that needs a GPU, in at most nine minutes, what is worth most first: `make gpu`.
 
-    python -m bench.gpu                    tests, then all benchmarks if they are green
-    python -m bench.gpu --part linear      one part; the tests must have been green before
+    python -m bench.gpu                    all parts
+    python -m bench.gpu --part linear      one part
     python -m bench.gpu --dry              the whole path on the CPU, with tiny shapes
 
-Leaves under --out (or $OUT, else `bench/results/`): `<gpu>/<date>-<commit>.json`, the results;
-`cache/routes/`, the measured routes of the frozen product; `gpu.log`, all output; and
-`tests-passed`, which names the sources that the tests were green on.
+It can be interrupted at any moment. Every result is on disk before it is announced, in
+`<gpu>/<date>-<commit>.json` under --out (or $OUT, else `bench/results/`). Beside it: `gpu.log`, all
+output, and `cache/routes/`, the measured routes of the frozen product. A part that is cut off at
+its limit is no failure.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.extension import find_tool
+
+ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 530
 DRY_PATIENCE = 10  # a dry run shares a slow machine: the limits are this many times longer
-# Largest number of seconds per part; a benchmark skips what has not started by 85 % of it.
-LIMITS = {"tests": 200, "kernels": 120, "linear": 110, "init": 60, "train": 80}
-BENCHMARKS = {
-    "kernels": ("bench/test_kernels.py",),
-    "linear": ("bench/test_linear.py",),
-    "init": ("bench/test_init.py",),
-    "train": ("bench/test_optimizer.py", "bench/test_train.py"),
-}
-GPU_TESTS = (
+CUT_OFF = 124
+TESTS = (
     "tests/gpu",
     "tests/ops",
     "tests/init/test_sign_matrix.py",
@@ -40,6 +35,37 @@ GPU_TESTS = (
     "tests/nn/test_shared_input.py",
     "tests/bench/test_contenders.py",
 )
+
+
+class Interrupts:
+    """Within it SIGINT and SIGTERM raise KeyboardInterrupt; from `hold` on, at `release`."""
+
+    def __init__(self):
+        self._held = self._came = False
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, *_) -> None:
+        self._came = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        """Until `release`: a child that nobody knows of yet would outlive this process."""
+        self._held = True
+
+    def release(self) -> None:
+        """Raises KeyboardInterrupt if a signal came meanwhile."""
+        self._held = False
+        if self._came:
+            raise KeyboardInterrupt
 
 
 @dataclass
@@ -50,27 +76,29 @@ class Session:
         out: folder of everything it leaves.
         dry: on the CPU with tiny shapes.
         deadline: `time.monotonic()` by which it ends.
-        sources: digest of what the tests test.
+        interrupts: how it is stopped.
     """
 
     out: Path
     dry: bool
     deadline: float
-    sources: str
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
     def run(self, *command: str, limit: float, **environment: str) -> int:
-        """Runs a command with output to the screen and the log; 124 if it took too long."""
+        """Runs a command with output to the screen and the log; `CUT_OFF` if it took too long."""
         limit = min(limit, self.deadline - time.monotonic())
         self.say(f"$ {' '.join(command)}   (at most {max(limit, 0):.0f} s)")
         if limit <= 0:
-            return 124
-        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **environment}
+            return CUT_OFF
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        variables |= {"LORASB_CACHE": str(self.out / "cache"), **environment}
         if self.dry:
             variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        else:
-            variables["LORASB_CACHE"] = str(self.out / "cache")
         variables.pop("TRITON_INTERPRET", None)
-        tee = subprocess.Popen(["tee", "-a", str(self.log)], stdin=subprocess.PIPE)
+        self.interrupts.hold()
+        tee = subprocess.Popen(
+            ["tee", "-a", str(self.log)], stdin=subprocess.PIPE, start_new_session=True
+        )
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -80,13 +108,13 @@ class Session:
             start_new_session=True,
         )
         try:
+            self.interrupts.release()
             return child.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # its workers too
-            child.wait()
             self.say(f"stopped after {limit:.0f} s")
-            return 124
-        finally:
+            return CUT_OFF
+        finally:  # also when this process is interrupted
+            end(child)
             tee.stdin.close()
             tee.wait()
 
@@ -100,9 +128,16 @@ class Session:
     def log(self) -> Path:
         return self.out / "gpu.log"
 
-    @property
-    def record(self) -> Path:
-        return self.out / "tests-passed"
+
+def end(child: subprocess.Popen) -> None:
+    """Ends a process and its workers: it may save what it has for some seconds."""
+    for number, patience in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
+        if child.poll() is None:
+            os.killpg(child.pid, number)
+            try:
+                child.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -110,138 +145,134 @@ def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
-def sources_digest() -> str:
-    """Identifies what the tests test."""
-    digest = hashlib.sha256()
-    for folder, pattern in (("lorasb_kernels", "**/*.py"), ("csrc", "**/*.*")):
-        for path in sorted((ROOT / folder).glob(pattern)):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def pytest(*arguments: str) -> tuple[str, ...]:
+    """A command that runs tests or benchmarks."""
+    return python("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *arguments)
 
 
-def build_extension(session: Session) -> None:
-    """Uses a CUDA extension that is newer than its sources, or builds one if there is nvcc."""
-    library = ROOT / "lorasb_kernels" / "_C.so"
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("**/*.*"))
-    if library.exists() and library.stat().st_mtime >= newest:
-        session.say("CUDA extension: up to date")
-    elif session.dry:
-        session.say("CUDA extension: not built in a dry run")
-    elif find_tool("nvcc") is None:
-        session.say("CUDA extension: not built, there is no nvcc; its tests will be skipped")
-    else:
-        command = python("setup.py", "build_ext", "--inplace")
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", this_architecture())
-        code = session.run(*command, limit=150, LORASB_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=wanted)
-        session.say("CUDA extension: built" if code == 0 else "CUDA extension: FAILED to build")
+def smoke(session: Session, limit: float) -> int:
+    """A layer and siblings on every backend against float64, and a CUDA graph of them."""
+    tests = ("tests/gpu/test_smoke.py", "tests/gpu/test_graphs.py")
+    code = session.run(*pytest(*tests), limit=limit)
+    if code != CUT_OFF:
+        show(session, "--smoke-tests", "green" if code == 0 else "red")
+    return code
 
 
-def find_tool(name: str) -> str | None:
-    """A tool of the CUDA toolkit, on the PATH or where toolkits are installed."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+def headline(session: Session, limit: float) -> int:
+    """A block at 512 tokens in a CUDA graph and at 8192, frozen, in cuBLAS calls, and ours."""
+    only = ("-k", "both") if session.dry else ()  # `linear` has the other passes
+    code = benchmark(session, limit, "bench/test_linear.py", *only, grid="first")
+    show(session)
+    return code
 
 
-def this_architecture() -> str:
-    """The compute capability of the first GPU, as TORCH_CUDA_ARCH_LIST takes it."""
-    query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-
-
-def run_tests(session: Session) -> bool:
-    """The GPU's tests, then the small cases under compute-sanitizer."""
-    session.record.unlink(missing_ok=True)
-    build_extension(session)
-    command = python("-m", "pytest", "-q", "-rs", "-m", "not slow", "-p", "no:cacheprovider")
+def tune(session: Session, limit: float) -> int:
+    """The routes of the frozen product for all shapes of Mistral-7B."""
     if session.dry:
-        green = session.run(*command, "tests/gpu", limit=600) == 0
-        small = python("-m", "tests.gpu.small_cases", "--device", "cpu")
-        green &= session.run(*small, limit=600) == 0
-    else:
-        if importlib.util.find_spec("xdist"):
-            command += ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal")
-        green = session.run(*command, *GPU_TESTS, limit=LIMITS["tests"]) == 0
-        green = sanitize(session) and green
-    if green:
-        session.record.write_text(session.sources + "\n", encoding="utf-8")
-    return green
+        session.say("tune: needs a CUDA device, nothing else is timed")
+        return 0
+    command = python("-m", "lorasb_kernels.cli.main", "tune", "--model", "mistral-7b")
+    return session.run(*command, "--tokens", "8192", "512", limit=limit)
 
 
-def sanitize(session: Session) -> bool:
+def benchmark(session: Session, limit: float, *selected: str, grid: str = "headline") -> int:
+    """Benchmarks, which skip what has not begun by 85 % of the limit."""
+    grid = "tiny" if session.dry else grid
+    options = ("--grid", grid, "--results", str(session.out), "--budget", f"{0.85 * limit:.0f}")
+    return session.run(*pytest(*selected, *options), limit=limit)
+
+
+def tests(session: Session, limit: float) -> int:
+    """The tests of operators, layers and memory on the GPU."""
+    if session.dry:
+        small = session.run(*python("-m", "tests.gpu.small_cases", "--device", "cpu"), limit=limit)
+        return small or session.run(*pytest("-m", "not slow", "tests/gpu"), limit=limit)
+    workers = ()
+    if importlib.util.find_spec("xdist"):
+        workers = ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal")
+    return session.run(*pytest("-m", "not slow", *workers, *TESTS), limit=limit)
+
+
+def sanitize(session: Session, limit: float) -> int:
     """compute-sanitizer over the small cases of every backend."""
     sanitizer = find_tool("compute-sanitizer")
-    if sanitizer is None:
-        session.say("compute-sanitizer: not installed, not run")
-        return True
-    green = True
+    if session.dry or sanitizer is None:
+        session.say(f"compute-sanitizer: not {'run on a CPU' if session.dry else 'installed'}")
+        return 0
+    codes = []
     for tool in ("memcheck", "racecheck"):
         command = (sanitizer, "--tool", tool, "--error-exitcode", "86")
         # Without the caching allocator every tensor is its own allocation, so overruns are
         # detected.
-        code = session.run(
-            *command,
-            *python("-m", "tests.gpu.small_cases"),
-            limit=60,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
-        session.say(f"compute-sanitizer {tool}: {'clean' if code == 0 else f'exit code {code}'}")
-        green &= code == 0
-    return green
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LORASB_TUNE": "off"}
+        small = python("-m", "tests.gpu.small_cases")
+        codes.append(session.run(*command, *small, limit=limit / 2, **environment))
+    return next((code for code in codes if code not in (0, CUT_OFF)), max(codes))
 
 
-def run_benchmark(session: Session, part: str) -> bool:
-    """The benchmarks of one part, their results added to the database."""
-    limit = LIMITS[part] * (DRY_PATIENCE if session.dry else 1)
-    if part == "kernels" and not session.dry:
-        tune(session)
-        limit -= 45
-    command = python("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
-    grid = "tiny" if session.dry else "headline"
-    options = ("--grid", grid, "--results", str(session.out), "--budget", f"{0.85 * limit:.0f}")
-    # 5: nothing was collected, which is not a success here.
-    return session.run(*command, *BENCHMARKS[part], *options, limit=limit) == 0
+def show(session: Session, *options: str) -> None:
+    """Prints the table of what is known."""
+    command = python("-m", "bench.headline", str(session.out), *options)
+    session.run(*command, limit=60)
 
 
-def tune(session: Session) -> None:
-    """Measures the routes of the frozen product; the benchmarks that follow use them."""
-    command = python("-m", "lorasb_kernels.cli.main", "tune", "--model", "mistral-7b")
-    if session.run(*command, "--r", "96", "--tokens", "8192", limit=45) != 0:
-        session.say("tune: not finished; the benchmarks run with the routes that are known")
+def of_files(*files: str) -> Callable[[Session, float], int]:
+    """A part that runs benchmarks."""
+    return lambda session, limit: benchmark(session, limit, *files)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What runs for at most `seconds`; `run` returns an exit status."""
+
+    seconds: float
+    run: Callable[[Session, float], int]
+
+
+# In the order of worth.
+PARTS = {
+    "smoke": Part(40, smoke),
+    "headline": Part(70, headline),
+    "tune": Part(45, tune),
+    "kernels": Part(75, of_files("bench/test_kernels.py")),
+    "linear": Part(90, of_files("bench/test_linear.py")),
+    "init": Part(50, of_files("bench/test_init.py")),
+    "train": Part(
+        90, of_files("bench/test_train.py", "bench/test_optimizer.py", "bench/test_experts.py")
+    ),
+    "tests": Part(200, tests),
+    "sanitizer": Part(60, sanitize),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the parts; returns 0 if all of them succeeded."""
+    """Runs the parts; returns 1 if one of them failed, 130 if it was interrupted, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=LIMITS, action="append", help="default all")
+    parser.add_argument("--part", choices=PARTS, action="append", help="default all")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", default=os.environ.get("OUT"), help="default bench/results")
     options = parser.parse_args(arguments)
     out = Path(options.out or (ROOT / "out/gpu-dry" if options.dry else ROOT / "bench/results"))
     out.mkdir(parents=True, exist_ok=True)
-    seconds = TOTAL_SECONDS * (DRY_PATIENCE if options.dry else 1)
-    deadline = time.monotonic() + seconds
-    session = Session(out.resolve(), options.dry, deadline, sources_digest())
-    outcome = {}
-    for part in options.part or LIMITS:
-        begin = time.monotonic()
-        if part == "tests":
-            green = run_tests(session)
-        elif not tests_passed(session):
-            session.say(f"{part}: not run, as the tests were not green on these sources")
-            green = False
-        else:
-            green = run_benchmark(session, part)
-        outcome[part] = green
-        word = "green" if green else "RED"
-        session.say(f"== {part}: {word} after {time.monotonic() - begin:.0f} s")
-    session.say(f"results: {session.out}")
-    return 0 if all(outcome.values()) else 1
-
-
-def tests_passed(session: Session) -> bool:
-    """Whether the tests part was green on the sources as they are."""
-    record = session.record
-    return record.exists() and record.read_text(encoding="utf-8").strip() == session.sources
+    patience = DRY_PATIENCE if options.dry else 1
+    deadline = time.monotonic() + TOTAL_SECONDS * patience
+    session = Session(out.resolve(), options.dry, deadline)
+    failed = []
+    with session.interrupts:
+        try:
+            for name in options.part or PARTS:
+                begin = time.monotonic()
+                code = PARTS[name].run(session, PARTS[name].seconds * patience)
+                outcome = {0: "green", CUT_OFF: "cut off, not finished"}.get(code, "RED")
+                failed += [name] if outcome == "RED" else []
+                session.say(f"== {name}: {outcome} after {time.monotonic() - begin:.0f} s")
+        except KeyboardInterrupt:
+            session.say(f"== interrupted; the results so far are in {session.out}")
+            return 130
+        session.deadline += 60  # for the table alone
+        show(session)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The papers' models with random weights, and the timed ways to adapt them."""
 
 import copy
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,10 +114,13 @@ def random_model(
     return model.requires_grad_(False)
 
 
-def blocks_that_fit(key: str, device: torch.device, dtype: torch.dtype) -> int | None:
+def blocks_that_fit(
+    key: str, device: torch.device, dtype: torch.dtype, full: bool = False
+) -> int | None:
     """How many blocks fit in 70 % of the free device memory; None for all of them.
 
-    The rest is for activations of one micro-batch under gradient checkpointing.
+    The rest is for activations of one micro-batch under gradient checkpointing. With `full`
+    fine-tuning a weight comes with its gradient and two moments.
     """
     if device.type != "cuda":
         return None
@@ -123,7 +128,7 @@ def blocks_that_fit(key: str, device: torch.device, dtype: torch.dtype) -> int |
     with torch.device("meta"):
         sizes = [_parameters(key, layers) * dtype.itemsize for layers in (1, 2)]
     block = sizes[1] - sizes[0]
-    free = 0.7 * torch.cuda.mem_get_info(device)[0]
+    free = (0.7 / 4 if full else 0.7) * torch.cuda.mem_get_info(device)[0]
     return max(1, min(config.num_hidden_layers, int((free - sizes[0]) / block) + 1))
 
 
@@ -140,11 +145,25 @@ def twin(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: `adapt(model, r)` changes the model in place and returns it."""
+    """A way to train: `adapt(model, r)` changes the model in place and returns it.
+
+    `full`: trains copies of the weights. `needs`: a package that may not be installed; it needs a
+    GPU.
+    """
 
     name: str
     adapt: Callable[[nn.Module, int], nn.Module]
     autocast: bool = False
+    full: bool = False
+    needs: str | None = None
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device; None when it can."""
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if self.needs is not None and device.type != "cuda":
+            return f"{self.needs} needs a CUDA device"
+        return None
 
 
 def _bound(model: nn.Module, r: int) -> nn.Module:
@@ -184,6 +203,31 @@ def _ours(model: nn.Module, r: int, backend: str, shared: bool) -> nn.Module:
     return adapt(model, config, progress=False)
 
 
+def _full(model: nn.Module, r: int) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # twins share their weights
+    return model.requires_grad_(True)
+
+
+def _with_liger(adapted: Callable[[nn.Module, int], nn.Module]):
+    """Liger-Kernel's norms, activations and loss in the model before it is adapted.
+
+    It also replaces names in the module that defines the model, which other contenders use; they
+    are put back, so its rotation is not among what is measured.
+    """
+
+    def patched(model: nn.Module, r: int) -> nn.Module:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        names = vars(sys.modules[type(model).__module__])
+        before = dict(names)
+        _apply_liger_kernel_to_instance(model=model)
+        names.update(before)
+        return adapted(model, r)
+
+    return patched
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -192,6 +236,18 @@ METHODS = {
         Method(f"peft r={PEFT_RANK}, autocast", _peft, autocast=True),
         Method("lorasb auto", lambda model, r: _ours(model, r, "auto", False)),
         Method("lorasb auto, shared input", lambda model, r: _ours(model, r, "auto", True)),
+        Method("full fine-tuning", _full, full=True),
+        Method(
+            name=f"peft r={PEFT_RANK}, autocast, Liger",
+            adapt=_with_liger(_peft),
+            autocast=True,
+            needs="liger_kernel",
+        ),
+        Method(
+            name="lorasb auto, shared input, Liger",
+            adapt=_with_liger(lambda model, r: _ours(model, r, "auto", True)),
+            needs="liger_kernel",
+        ),
     )
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.headline import WORDS, multiples
 from bench.recording import folder_name
 from lorasb_kernels.profiling.results import Results, Row
 from lorasb_kernels.utils.figures import Styles, new_figure, save_png
@@ -31,6 +32,27 @@ def _ratios(rows: Sequence[Row]) -> list[tuple[Row, float]]:
         for row in rows
         if row.contender != "frozen" and row.case in bound
     ]
+
+
+def headline(found: Results, axes, styles: Styles) -> bool:
+    """The table that `make gpu` prints, as bars: a block over the frozen block."""
+    columns = multiples(found)
+    names = [name for name in WORDS if any(name in timed for timed in columns.values())]
+    names = [name for name in names if name != "frozen"]
+    if not names:
+        return False
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        shown = [(x, timed[name][1]) for x, timed in enumerate(columns.values()) if name in timed]
+        places = [x + (i - len(names) / 2 + 0.5) * width for x, _ in shown]
+        heights = [height for _, height in shown]
+        bars = axes.bar(places, heights, width, label=WORDS[name], color=styles.color(name))
+        axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set(ylabel="time over the frozen block", title="forward and backward, r = 96")
+    axes.legend(fontsize="small")
+    return True
 
 
 def overhead_over_tokens(found: Results, axes, styles: Styles) -> bool:
@@ -145,6 +167,7 @@ def _horizontal_bars(rows: Sequence[Row], axes, styles: Styles) -> None:
 
 
 PLOTS = {
+    "headline": headline,
     "overhead": overhead_over_tokens,
     "shapes": bars_by_shape,
     "roofline": roofline,

@@ -105,6 +105,12 @@ def folder_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
+def file_of(folder: str | Path, environment: Environment) -> Path:
+    """The file of the results of `environment` in the database `folder`."""
+    date, commit = environment.date[:10], environment.commit.replace("+", "-changed")
+    return Path(folder) / folder_name(environment.gpu) / f"{date}-{commit}.json"
+
+
 def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> Path:
     """Adds rows to the file of `environment` in the database `folder`, atomically.
 
@@ -113,8 +119,7 @@ def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> 
     Returns:
         The file.
     """
-    date, commit = environment.date[:10], environment.commit.replace("+", "-changed")
-    path = Path(folder) / folder_name(environment.gpu) / f"{date}-{commit}.json"
+    path = file_of(folder, environment)
     known = {row.key: row for row in read(path).rows} if path.exists() else {}
     known |= {row.key: row for row in rows}
     header = {
@@ -128,4 +133,4 @@ def write(folder: str | Path, environment: Environment, rows: Iterable[Row]) -> 
     return path
 
 
-__all__ = ["Case", "Measurement", "ReplayClock", "folder_name", "rows", "write"]
+__all__ = ["Case", "Measurement", "ReplayClock", "file_of", "folder_name", "rows", "write"]

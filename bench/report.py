@@ -1,8 +1,10 @@
-"""`docs/benchmarks.md` from the results database: tables, and the plots of `plots.py`.
+"""`docs/benchmarks.md` and README.md's plot from the results database.
 
-    python -m bench.report [--results bench/results] [--docs docs]
+    python -m bench.report                                    # the database, bench/results
+    python -m bench.report --results the-file-that-was-sent.json
 
-Shows the newest results of each GPU, and nothing that is not in the database.
+Shows the newest results of each GPU, and nothing that is not in the database; results whose smoke
+tests failed are left out, and said to be.
 """
 
 import argparse
@@ -10,8 +12,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.headline import headline_table, smoke_tests_failed
 from bench.host import tables
 from bench.plots import draw_plots
+from bench.recording import folder_name
 from lorasb_kernels.profiling.results import Results, Row, read_all
 from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
@@ -36,6 +40,11 @@ autograd function around in-place `addmm_`.
 
 {tables}
 """
+BEGIN, END = "<!-- measured, by python -m bench.report -->", "<!-- /measured -->"
+NO_NUMBER = (
+    "**No GPU number exists yet.** "
+    "Every result here was measured on a CPU or is marked as a prediction."
+)
 NOTHING = """
 **Not measured.** There are no results of a GPU in the database yet, so there is no number to
 show. `lorasb profile --gpu a6000` prints what the roofline predicts.
@@ -51,8 +60,10 @@ def render(results: Sequence[Results], docs: str | Path, host: dict | None = Non
         host: what `bench.host` measured, the content of its host.json.
     """
     docs = Path(docs)
-    newest = {found.environment.gpu: found for found in results}
+    newest = _newest(results)
     parts, files = [HEAD], []
+    red = [found.environment for found in results if smoke_tests_failed(found)]
+    parts += [f"Left out, as a smoke test failed: {where.gpu}, {where.date}." for where in red]
     if not any(not gpu.startswith("cpu") for gpu in newest):
         parts.append(NOTHING)
     if host is not None:
@@ -64,6 +75,42 @@ def render(results: Sequence[Results], docs: str | Path, host: dict | None = Non
     page = docs / "benchmarks.md"
     write_text(page, "\n".join(part.strip("\n") + "\n" for part in parts))
     return [page, *files]
+
+
+def _newest(results: Sequence[Results]) -> dict[str, Results]:
+    """The newest valid results by GPU; `results` are oldest first."""
+    return {found.environment.gpu: found for found in results if not smoke_tests_failed(found)}
+
+
+def measured_in_readme(results: Sequence[Results], docs: str) -> str:
+    """What README.md says of speed on GPUs: a plot and a table for each, or that there is none.
+
+    Args:
+        results: all results, oldest first.
+        docs: the folder of the documentation, relative to README.md.
+    """
+    shown = []
+    for gpu, found in _newest(results).items():
+        table = headline_table(found)
+        if table and not gpu.startswith("cpu"):
+            name = f"{folder_name(gpu)}-headline"
+            where = f"{gpu}, {found.environment.date[:10]}, one block of Mistral-7B in bf16."
+            image = f"![time over the frozen block]({docs}/images/{name}.png)"
+            shown.append(f"{where}\n\n{image}\n\n{table}")
+    return "\n\n".join(shown) or NO_NUMBER
+
+
+def with_measured(readme: str, measured: str) -> str:
+    """README.md's text with what it says of speed on GPUs replaced.
+
+    Raises:
+        ValueError: the marks around it are not there.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
 
 
 def _device(found: Results, plots: Sequence[Path]) -> str:
@@ -178,6 +225,16 @@ def init_table(found: Results) -> str:
     return markdown_table(header, rows) if rows else ""
 
 
+def experts_table(found: Results) -> str:
+    """Time of frozen experts, forward and backward."""
+    rows = [
+        (shape, str(tokens), name, seconds(1e-6 * row.value))
+        for (_, shape, tokens, *_), timed in _medians(found, "experts.").items()
+        for name, row in timed.items()
+    ]
+    return markdown_table(("experts", "M", "who", "time"), rows) if rows else ""
+
+
 def optimizer_table(found: Results) -> str:
     """Time of an optimizer step."""
     rows = [
@@ -190,9 +247,11 @@ def optimizer_table(found: Results) -> str:
 
 
 SECTIONS = (
+    ("At a glance", headline_table),
     ("One layer, over the frozen one", overhead_table("linear.")),
     ("A whole block, over the frozen one", overhead_table("block.")),
     ("Kernels", kernel_table),
+    ("Experts of a mixture, frozen", experts_table),
     ("Memory of one layer or block", memory_table),
     ("A training step", train_table),
     ("An optimizer step", optimizer_table),
@@ -210,15 +269,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", default="bench/results", help="default bench/results")
     parser.add_argument("--docs", default="docs", help="folder to write into, default docs")
+    parser.add_argument("--readme", default="README.md", help="default README.md")
     options = parser.parse_args(arguments)
     try:
-        for path in render(read_all(options.results), options.docs, _host(options.results)):
+        results, readme = read_all(options.results), Path(options.readme)
+        measured = measured_in_readme(results, options.docs)
+        text = with_measured(readme.read_text(encoding="utf-8"), measured)
+        for path in render(results, options.docs, _host(options.results)):
             print(path)
+        write_text(readme, text)
+        print(readme)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
 
 
-__all__ = ["main", "render"]
+__all__ = ["main", "measured_in_readme", "render", "with_measured"]
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import changes as changes_tool
+from bench import headline as headline_tool
 from bench import report as report_tool
 from bench.changes import changes, changes_table
 from bench.recording import write
@@ -155,7 +156,7 @@ def test_the_report_shows_what_was_measured(tmp_path):
     for number in ("1.23", "2.5 MB", "91%", "20480", "77 µs", "3 GB", "720 GB/s"):
         assert number in text, number
     names = {plot.stem.removeprefix("nvidia-rtx-a6000-") for plot in plots}
-    assert names == {"overhead", "shapes", "roofline", "memory", "init"}
+    assert names == {"headline", "overhead", "shapes", "roofline", "memory", "init"}
     for plot in plots:
         assert plot.read_bytes().startswith(b"\x89PNG")
         assert f"images/{plot.name}" in text
@@ -174,6 +175,63 @@ def test_the_page_in_docs_is_the_database_rendered(tmp_path):
     assert (ROOT / "docs" / "benchmarks.md").read_text() == page.read_text()
 
 
+def test_the_readme_says_what_the_database_says():
+    readme = (ROOT / "README.md").read_text()
+    measured = report_tool.measured_in_readme(read_all(ROOT / "bench" / "results"), "docs")
+    assert report_tool.with_measured(readme, measured) == readme
+
+
+def headline_rows(frozen=100.0, ours=107.0):
+    rows = []
+    for op, tokens in (("block.graph", 512), ("block.both", 8192)):
+        at = {"op": op, "shape": "mistral-7b/block", "tokens": tokens}
+        rows += timing(frozen, "frozen", **at) + timing(ours, "lorasb triton", **at)
+    return rows
+
+
+def test_the_file_that_was_sent_becomes_the_readmes_plot(tmp_path, capsys):
+    sent = write(tmp_path / "db", WHERE, headline_rows())
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# A\n{report_tool.BEGIN}\nold\n{report_tool.END}\nB\n")
+    docs = tmp_path / "docs"
+    report_tool.main(["--results", str(sent), "--docs", str(docs), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("# A\n")
+    assert text.endswith(f"{report_tool.END}\nB\n")
+    assert "old" not in text
+    assert "1.07× (107 µs)" in text
+    assert f"({docs}/images/nvidia-rtx-a6000-headline.png)" in text
+    assert (docs / "images" / "nvidia-rtx-a6000-headline.png").exists()
+
+
+def test_numbers_of_a_cpu_or_of_red_tests_are_not_shown(tmp_path):
+    write(tmp_path, dataclasses.replace(WHERE, gpu="cpu: some"), headline_rows())
+    assert report_tool.measured_in_readme(read_all(tmp_path), "docs") == report_tool.NO_NUMBER
+    red = Row("tests", "", 0, 0, "", "smoke", "passed", "", 0.0, "1")
+    write(tmp_path, WHERE, [*headline_rows(), red])
+    assert report_tool.measured_in_readme(read_all(tmp_path), "docs") == report_tool.NO_NUMBER
+    page = render(read_all(tmp_path), tmp_path / "docs")[0].read_text()
+    assert "Left out, as a smoke test failed: NVIDIA RTX A6000" in page
+    assert "**Not measured.**" in page
+
+
+def test_the_table_at_the_end_of_a_run(tmp_path, capsys):
+    path = write(tmp_path, WHERE, headline_rows())
+    headline_tool.main([str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "NVIDIA RTX A6000, Mistral-7B, one block, bf16; less is better"
+    assert [cell.strip() for cell in printed[-2].split("|")][1:-1] == [
+        "LoRA-SB by this library",
+        "1.07× (107 µs)",
+        "1.07× (107 µs)",
+    ]
+    assert printed[-1] == f"Send this file: {path}"
+    red = Row("tests", "", 0, 0, "", "smoke", "passed", "", 0.0, "1")
+    write(tmp_path, WHERE, [red])
+    headline_tool.main([str(tmp_path)])
+    assert "NOT VALID: a smoke test failed" in capsys.readouterr().out
+
+
 def test_the_error_of_the_prediction_is_that_of_the_measurements(tmp_path):
     (layer,) = (layer for layer in PRESETS["mistral-7b"].layers if layer.name == "q_proj")
     launches = WAYS["frozen"](8192, layer.n, layer.m, 96, 2).of("both")
@@ -190,7 +248,9 @@ def test_commands(tmp_path, capsys):
     changes_tool.main([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "+20.0%" in capsys.readouterr().out
     docs = str(tmp_path / "docs")
-    report_tool.main(["--results", str(tmp_path / "a"), "--docs", docs])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report_tool.BEGIN}\n{report_tool.END}\n")
+    report_tool.main(["--results", str(tmp_path / "a"), "--docs", docs, "--readme", str(readme)])
     assert (tmp_path / "docs" / "benchmarks.md").exists()
     with pytest.raises(SystemExit, match="neither a results file nor a folder"):
         changes_tool.main([str(tmp_path / "a"), str(tmp_path / "none")])

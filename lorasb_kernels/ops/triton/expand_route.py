@@ -29,31 +29,38 @@ from lorasb_kernels.ops.triton.tiles import INTERPRETER, architecture, expand_ti
 
 _DECIDED: dict[tuple[int, Shape], Route] = {}  # by index of the device
 _DECIDING = threading.Lock()
+# The same by the operands' own sizes, which cost less to compare than their class to find.
+_SEEN: dict[tuple, Route] = {}
+_LIMIT = 4096  # of sizes that are remembered
 
 
 def choose_route(x, weight, p, factor, bias, dropout: float, seed, runs: Runs) -> Route:
     """The route for `expand` of these operands; `runs` are the routes by name.
 
-    After the first call of a class it costs a look-up and, for a route by tensor maps, a look at
-    the strides.
+    After the first call with operands of these sizes it costs a look-up and, for a route by tensor
+    maps, a look at the strides.
     """
-    shape = shape_of(x, weight, p, dropout)
-    route = _DECIDED.get((x.get_device(), shape))
+    sizes = (x.shape, x.dtype, x.get_device(), weight.shape, weight.stride(), p.shape, dropout > 0)
+    route = _SEEN.get(sizes)
     if route is None:
-        route = _decide((x, weight, p, factor, bias, dropout, seed), shape, runs)
+        route = _decide((x, weight, p, factor, bias, dropout, seed), runs)
+        if len(_SEEN) >= _LIMIT:
+            _SEEN.clear()
+        _SEEN[sizes] = route
     if route.otherwise is not None and not takes_tensor_maps(x, weight, p, factor):
         return route.otherwise
     return route
 
 
-def _decide(operands: tuple, shape: Shape, runs: Runs) -> Route:
-    x = operands[0]
+def _decide(operands: tuple, runs: Runs) -> Route:
+    x, weight, p, _, _, dropout, _ = operands
+    shape = shape_of(x, weight, p, dropout)
     arch = architecture(x.device)
     if arch == INTERPRETER:
         return _interpreted(shape)
     with _DECIDING:
         decided = _DECIDED.get((x.get_device(), shape))
-        if decided is not None:  # by another thread
+        if decided is not None:
             return decided
         kept = device_file(x.device)
         if x.shape[0] == 0:
@@ -101,6 +108,7 @@ def forget_routes() -> None:
     """The next choice reads the files again."""
     read_named.cache_clear()
     _DECIDED.clear()
+    _SEEN.clear()
 
 
 __all__ = ["choose_route", "forget_routes", "plan_route"]
