@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lorasb_kernels.io import format_1
 from lorasb_kernels.io.hub import local_folder
@@ -117,6 +118,15 @@ class Subspace:
             raise ValueError(f"{path}: {error}") from error
 
 
+def is_untrained(folder: str | Path) -> bool:
+    """Whether `folder` holds an adapter that is marked as saved before training."""
+    try:
+        with safe_open(Path(folder) / ADAPTER_FILE, "pt") as file:
+            return "untrained" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def read_adapter(
     source: str | Path, revision: str | None = None, subspace: "str | Path | Subspace | None" = None
 ) -> tuple[Subspace, dict[str, torch.Tensor]]:
@@ -178,4 +188,11 @@ def _stated_place(directory: Path, on_hub: bool) -> str | Path:
     )
 
 
-__all__ = ["ADAPTER_FILE", "SUBSPACE_FILE", "Subspace", "UntrainedAdapterWarning", "read_adapter"]
+__all__ = [
+    "ADAPTER_FILE",
+    "SUBSPACE_FILE",
+    "Subspace",
+    "UntrainedAdapterWarning",
+    "is_untrained",
+    "read_adapter",
+]

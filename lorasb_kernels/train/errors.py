@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 
 class InputError(ValueError):
     """Input that cannot be used; the message names it, what it was and what is expected."""
@@ -19,7 +21,7 @@ def setting_errors(prefix: str = "") -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise ConfigError(f"{prefix}{error}") from error
 
 

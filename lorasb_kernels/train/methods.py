@@ -10,7 +10,7 @@ from torch import nn
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimation.losses import per_sample_loss
 from lorasb_kernels.ops.dispatch import obstacle
-from lorasb_kernels.targets import find_targets
+from lorasb_kernels.targets import check_rank, find_targets
 from lorasb_kernels.train import changed_base
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
@@ -193,6 +193,9 @@ def _with_peft(
             **common, vera_dropout=config.dropout, projection_prng_key=config.seed
         )
         return peft.get_peft_model(model, adapter)
+    if config.method == "pissa":  # peft takes as many singular vectors as there are
+        for name, layer in targets.items():
+            check_rank(name, layer, config.r)
     inits = {"pissa": "pissa", "lora-ga": "lora_ga"}
     adapter = peft.LoraConfig(
         **common,

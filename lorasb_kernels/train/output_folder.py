@@ -10,7 +10,7 @@ adapter/, model/       what is trained; an adapter as it was before training unt
 init.json, init.png    what `lorasb init` found
 result.json            outcome of the run
 
-A run with results (`RESULTS`) cannot be started with other settings. One without, which ran out of
+A run with results cannot be started with other settings. One without, which ran out of
 memory in its first step for example, is replaced by a start with other settings.
 """
 
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from lorasb_kernels.io.subspace import is_untrained
 from lorasb_kernels.train.changed_base import START_FILE
 from lorasb_kernels.train.config import TrainConfig
 from lorasb_kernels.train.errors import ConfigError
@@ -34,8 +35,8 @@ from lorasb_kernels.utils.files import read_json, write_json
 
 LOCK = ".lock"
 ADAPTER_FOLDER = "adapter"
-# What other settings would contradict.
-RESULTS = ("checkpoint-*", "epochs.json", "init.json", "result.json")
+# What other settings would contradict, beside what is trained.
+RESULTS = ("checkpoint-*", "epochs.json", "init.json")
 STAGING = ".checkpoint"
 REMAINS = (STAGING, ".adapter.*", ".model.*", ".*.json.*")
 REMAINS += ("adapter/.*.json.*", "adapter/.*.safetensors.*")
@@ -180,9 +181,17 @@ def difference(folder: Path, config: TrainConfig, rows: Sequence) -> str | None:
         expected = "the same rows, or another output_dir"
     else:
         return None
-    if any(any(folder.glob(pattern)) for pattern in RESULTS):
+    if is_trained(folder) or any(any(folder.glob(pattern)) for pattern in RESULTS):
         raise ConfigError(f"{found}; expected {expected}")
     return found
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether `folder` holds what a run has trained to its end."""
+    adapter = folder / ADAPTER_FOLDER
+    if adapter.exists() and not is_untrained(adapter):
+        return True
+    return any((folder / name).exists() for name in ("model", "result.json"))
 
 
 def claim(folder: Path, config: TrainConfig, rows: Sequence, replaces: bool = False) -> None:

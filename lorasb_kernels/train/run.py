@@ -24,6 +24,7 @@ from lorasb_kernels.train.output_folder import (
     checkpoints,
     claim,
     difference,
+    is_trained,
     locked,
     remove_remains,
 )
@@ -338,9 +339,9 @@ def find_start(folder: Path, config: TrainConfig, rows: Rows, processes: int) ->
                 )
     if checkpoint is not None:
         check(checkpoint, processes)
-    elif (folder / "result.json").exists():
+    elif (folder / "config.json").exists() and is_trained(folder):
         raise CheckpointError(
-            f"{folder} holds a trained adapter and none of the checkpoints that led to it; "
+            f"{folder} holds what was trained and none of the checkpoints that led to it; "
             "expected them, or another output_dir"
         )
     if is_main_process():

@@ -17,7 +17,7 @@ from lorasb_kernels import load_adapter
 from lorasb_kernels.io.subspace import UntrainedAdapterWarning, read_adapter
 from lorasb_kernels.io.tensors import digest_of, read_tensors
 from lorasb_kernels.train import run
-from lorasb_kernels.train.errors import ConfigError, DataError
+from lorasb_kernels.train.errors import CheckpointError, ConfigError, DataError
 from lorasb_kernels.train.output_folder import LOCK, claim, locked
 from lorasb_kernels.train.run import find_start, finetune
 from lorasb_kernels.train.samples import Example
@@ -138,6 +138,7 @@ def test_the_evaluation_of_a_run_may_change_but_not_what_is_trained(bert, tmp_pa
         ({"target_modules": "("}, r"target_modules is '\('; expected a regular expression"),
         ({"backend": "cuda"}, "backend is 'cuda', which cannot run: "),
         ({"method": "pissa", "target_modules": ("q_project",)}, "q_project"),
+        ({"method": "pissa", "r": 33}, "r is 33; expected r <= 32 for "),
         ({"report_to": ("nobody",)}, "nobody"),
     ],
 )
@@ -217,6 +218,20 @@ def test_a_run_with_results_is_not_replaced(llama, tmp_path, evaluated):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("method", ["lora-sb", "dora", "full"])
+def test_what_was_trained_is_a_result(llama, tmp_path, method):
+    """Also when somebody has removed the checkpoints and result.json."""
+    finetune(tiny_config(llama, tmp_path, method=method, max_steps=1), sums(8))
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=r"batch_size is 4, but output_dir .* holds a run with 8"):
+        finetune(tiny_config(llama, tmp_path, method=method, max_steps=1, batch_size=4), sums(8))
+    with pytest.raises(CheckpointError, match="holds what was trained and none of the checkpoints"):
+        finetune(tiny_config(llama, tmp_path, method=method, max_steps=1), sums(8))
+    assert tree(tmp_path) == before
+
+
 def test_a_kill_while_a_run_is_replaced(llama, tmp_path):
     """Neither of the two is started from the other's adapter, or from half of one."""
     first = tiny_config(llama, tmp_path / "run", max_steps=1)
@@ -242,6 +257,16 @@ def test_a_kill_while_a_run_is_replaced(llama, tmp_path):
             assert not starts[4].replaces
             break
     assert count > 5
+
+
+def test_a_damaged_model_is_named(llama, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"model is '.*model': "):
+        finetune(tiny_config(model, tmp_path / "run"), sums(8))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_adapter_in_the_folder_is_refused(llama, tmp_path):
