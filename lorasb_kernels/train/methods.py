@@ -10,7 +10,7 @@ from torch import nn
 from lorasb_kernels.config import LoRASBConfig
 from lorasb_kernels.init.estimation.losses import per_sample_loss
 from lorasb_kernels.ops.dispatch import obstacle
-from lorasb_kernels.targets import check_rank, find_targets
+from lorasb_kernels.targets import find_targets
 from lorasb_kernels.train import changed_base
 from lorasb_kernels.train.config import ADAPTER_METHODS, TrainConfig
 from lorasb_kernels.train.encoding import Encoded
@@ -193,9 +193,7 @@ def _with_peft(
             **common, vera_dropout=config.dropout, projection_prng_key=config.seed
         )
         return peft.get_peft_model(model, adapter)
-    if config.method == "pissa":  # peft takes as many singular vectors as there are
-        for name, layer in targets.items():
-            check_rank(name, layer, config.r)
+    _check_rank(targets, config)
     inits = {"pissa": "pissa", "lora-ga": "lora_ga"}
     adapter = peft.LoraConfig(
         **common,
@@ -211,16 +209,23 @@ def _with_peft(
     return peft.get_peft_model(model, adapter)
 
 
+def _check_rank(targets: dict[str, nn.Linear], config: TrainConfig) -> None:
+    """PiSSA takes r singular vectors of a layer, LoRA-GA r for A and the next r for B; peft would
+    take as many as there are."""
+    if config.method not in changed_base.METHODS:
+        return
+    for name, layer in targets.items():
+        limit = min(layer.weight.shape) // (2 if config.method == "lora-ga" else 1)
+        if config.r > limit:
+            raise ConfigError(
+                f"r is {config.r}; expected r <= {limit} for {name} by method {config.method!r}"
+            )
+
+
 def _gradients_for_lora_ga(model, targets, adapter, config, samples, pad_token_id) -> None:
     """Sums the gradients that LoRA-GA starts from, over `init_share` of the samples."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    for name, layer in targets.items():
-        limit = min(layer.weight.shape) // 2  # A takes r singular vectors, B the next r
-        if config.r > limit:
-            raise ConfigError(
-                f"r is {config.r}; expected r <= {limit} for {name} by method 'lora-ga'"
-            )
     device = next(model.parameters()).device
     count = fixed_count(config, len(samples))
     batches = start_batches(config, samples, pad_token_id, device, count)
