@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, test_linear
+from bench import extension, gpu, test_linear
 from lorasb_kernels.profiling.results import read_all
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +157,19 @@ def test_lorafusions_cases_are_among_the_others():
     square = {(c.groups[0][0].n, c.M, c.r) for c in cases if c.preset.key.startswith("square")}
     assert square == {(n, M, 16) for n in (4096, 5120, 8192) for M in (2048, 4096, 8192)}
     assert next(iter(cases)).M == 512, "what waits on launches is not left to the end"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "nvcc", "said"),
+    [
+        (None, "/bin/nvcc", "not built, there is no GPU"),
+        ("8.6", None, "not built, there is no nvcc; its tests will be skipped"),
+    ],
+)
+def test_without_an_extension_the_run_goes_on(architecture, nvcc, said, monkeypatch, capsys):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(extension, "up_to_date", lambda: False)
+    monkeypatch.setattr(extension, "this_architecture", lambda: architecture)
+    monkeypatch.setattr(extension, "find_tool", lambda name: nvcc)
+    extension.main()
+    assert capsys.readouterr().out == f"CUDA extension: {said}\n"
