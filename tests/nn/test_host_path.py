@@ -74,13 +74,13 @@ def frames(function) -> int:
 
 @pytest.mark.parametrize("shape", [(M,), (2, 3)], ids=["rows", "batch"])
 def test_operators_of_a_layer(shape):
-    """Two products and two sums forward, five products in backward; views of W, A or B: one."""
+    """Four products forward, five in backward, sums inside them; in each a view of one matrix."""
     layer, x = adapted(), tokens(*shape)
     dy = torch.ones(*shape, m)
     batched = len(shape) > 1
     for _ in range(2):
         step(layer, x, dy)
-    expected = {"aten::linear": 2, "aten::t": 2, "aten::mm": 1, "aten::addmm_": 1}
+    expected = {"aten::linear": 3, "aten::t": 1, "aten::addmm_": 1}
     with torch.no_grad():
         found = operators(lambda: layer(x))
     assert found == expected | ({"aten::reshape": 1, "aten::_unsafe_view": 1} if batched else {})
@@ -93,15 +93,17 @@ def test_operators_of_a_layer(shape):
     assert set(found) - others == ({"aten::reshape", "aten::view"} if batched else set())
 
 
-@pytest.mark.parametrize(("kind", "backward"), [(LoRASBLinear, 9), (LoRALinear, 14)])
-def test_frames_of_a_layer(kind, backward):
-    """18 in a call, 2 more for an autograd node; in backward beside what autograd enters itself."""
+@pytest.mark.parametrize(
+    ("kind", "call", "backward"), [(LoRASBLinear, 15, 9), (LoRALinear, 16, 14)]
+)
+def test_frames_of_a_layer(kind, call, backward):
+    """In a call, 2 more for an autograd node; in backward beside what autograd enters itself."""
     layer, x = adapted(kind), tokens(M)
     dy = torch.ones(M, m)
     step(layer, x, dy)
     with torch.no_grad():
-        assert frames(lambda: layer(x)) <= 18
-    assert frames(lambda: layer(x)) <= 20
+        assert frames(lambda: layer(x)) <= call
+    assert frames(lambda: layer(x)) <= call + 2
     y = layer(x)
     through_autograd = frames(lambda: y.backward(dy))
     plain = nn.functional.linear(x, layer.weight)

@@ -61,7 +61,8 @@ def count_projections(monkeypatch):
     calls, forward, shrink_group = [], autograd.forward, siblings.shrink_group
 
     def counting(*arguments):
-        calls.append(1)
+        if len(arguments) == 10 or arguments[10] is None:  # nothing projected before
+            calls.append(1)
         return forward(*arguments)
 
     def counting_group(x, lora_As, *arguments):

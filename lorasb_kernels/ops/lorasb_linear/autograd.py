@@ -27,25 +27,25 @@ from lorasb_kernels.ops.lorasb_linear.operands import as_rows
 from lorasb_kernels.ops.lorasb_linear.operations import Operations, operations
 
 
-def forward(x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed, run: Operations):
-    """y [..., m], and h and p [M, r]; arguments as for `LoRASBFunction`."""
+def forward(
+    x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed, run: Operations, projected=None
+):
+    """y [..., m], no view of another tensor, h and p; arguments as for `LoRASBFunction`."""
     rows, dtype = as_rows(x), x.dtype
-    if lora_A.dtype != dtype:
-        lora_A = lora_A.to(dtype)
-    h, p = run.shrink(rows, lora_A, lora_R, scaling, dropout, seed)
-    return output(x, rows, weight, p, lora_B, bias, run), h, p
-
-
-def output(x, rows, weight, p, lora_B, bias, run: Operations) -> torch.Tensor:
-    """y [..., m] from x [..., n], its rows [M, n] and p [M, r]; no view of another tensor."""
-    if lora_B.dtype != x.dtype:
-        lora_B = lora_B.to(x.dtype)
+    if projected is None:
+        if lora_A.dtype != dtype:
+            lora_A = lora_A.to(dtype)
+        projected = run.shrink(rows, lora_A, lora_R, scaling, dropout, seed)
+    h, p = projected
+    if lora_B.dtype != dtype:
+        lora_B = lora_B.to(dtype)
     if isinstance(weight, FrozenLayer):
-        y = weight.multiply(rows).to(x.dtype).addmm_(p, lora_B.t())
+        y = weight.multiply(rows).to(dtype).addmm_(p, lora_B.t())
     else:
-        y = run.expand(rows, weight, p, lora_B, bias, 0.0, None)
-    # Autograd would forbid writing to a view in place.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+        y = run.expand(rows, weight, p, lora_B, bias)
+    if x.dim() != 2:  # autograd would forbid writing to a view in place
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return y, h, p
 
 
 class LoRASBFunction(torch.autograd.Function):
@@ -75,11 +75,8 @@ class LoRASBFunction(torch.autograd.Function):
         link=None,
     ):
         run = operations(backend, direct)
-        if projected is None:
-            y, h, p = forward(x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed, run)
-        else:
-            h, p = projected
-            y = output(x, x, weight, p, lora_B, bias, run)
+        operands = (x, lora_A, lora_R, lora_B, weight, bias, scaling, dropout, seed)
+        y, h, p = forward(*operands, run, projected)
         _, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
         frozen = isinstance(weight, FrozenLayer)
         ctx.save_for_backward(
@@ -92,9 +89,8 @@ class LoRASBFunction(torch.autograd.Function):
             None if frozen else weight,
             seed,
         )
-        ctx.frozen = weight if frozen else None
-        ctx.scaling, ctx.dropout, ctx.link = scaling, dropout, link
-        ctx.run, ctx.backend, ctx.direct = run, backend, direct
+        frozen_layer = weight if frozen else None
+        ctx.settings = (scaling, dropout, run, backend, direct, frozen_layer, link)
         return y
 
     @staticmethod
@@ -103,15 +99,15 @@ class LoRASBFunction(torch.autograd.Function):
             return _refuse_twice(ctx, dy)
         x, h, p, lora_A, lora_R, lora_B, weight, seed = ctx.saved_tensors
         trains_x, trains_A, trains_R, trains_B = ctx.needs_input_grad[:4]
-        scaling, dropout, run, dtype = ctx.scaling, ctx.dropout, ctx.run, dy.dtype
-        if ctx.direct and (is_observed() or type(dy) not in PLAIN_TENSORS):
-            run = operations(ctx.backend, False)
-        rows = as_rows(dy)
+        scaling, dropout, run, backend, direct, frozen_layer, link = ctx.settings
+        if direct and (is_observed() or type(dy) not in PLAIN_TENSORS):
+            run = operations(backend, False)
+        rows, dtype = as_rows(dy), dy.dtype
         if lora_A.dtype != dtype:
             lora_A = lora_A.to(dtype)
         if lora_B.dtype != dtype:
             lora_B = lora_B.to(dtype)
-        linked = ctx.link is not None and ctx.link.needed()
+        linked = link is not None and link.needed()
         q = dx = dA = dR = dB = dtoken = None
         if trains_R:
             q, dR = run.core_backward(rows, h, lora_B, lora_R, scaling)
@@ -122,12 +118,12 @@ class LoRASBFunction(torch.autograd.Function):
         if trains_B:
             dB = run.gradient_of_B(p, rows)
         if trains_x:
-            frozen = weight if ctx.frozen is None else dense(ctx.frozen, dtype)
+            frozen = weight if frozen_layer is None else dense(frozen_layer, dtype)
             dx = run.input_gradient(rows, frozen, q, lora_A, dropout, seed)
             if dy.dim() != 2:
                 dx = dx.view(*dy.shape[:-1], dx.shape[1])
         if linked:
-            ctx.link.leave(q, ctx.frozen or weight, lora_A)
+            link.leave(q, frozen_layer or weight, lora_A)
             dtoken = rows
         return dx, dA, dR, dB, None, None, None, None, None, None, None, None, dtoken, None
 
@@ -143,4 +139,4 @@ def _refuse_twice(ctx, dy):
 apply_directly = super(torch.autograd.Function, LoRASBFunction).apply
 
 
-__all__ = ["LoRASBFunction", "apply_directly", "forward", "output"]
+__all__ = ["LoRASBFunction", "apply_directly", "forward"]

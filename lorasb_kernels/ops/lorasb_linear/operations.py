@@ -18,13 +18,14 @@ from lorasb_kernels.ops.factor_gradient import factor_gradient
 from lorasb_kernels.ops.limits import BACKENDS
 from lorasb_kernels.ops.lorasb_linear.operands import core_or_identity
 from lorasb_kernels.ops.shrink import shrink
+from lorasb_kernels.ops.two_call import two_call
 
 
 class Operations(NamedTuple):
     """The operations on one backend. The core `lora_R` may be None, for the identity."""
 
     shrink: Callable  # x, lora_A, lora_R, scaling, dropout, seed -> h, p
-    expand: Callable  # x, weight, p, lora_B, bias, dropout, seed -> y
+    expand: Callable  # x, weight, p, lora_B, bias -> y
     core_backward: Callable  # dy, h, lora_B, lora_R, scaling -> q, dR
     core_input_gradient: Callable  # dy, lora_B, lora_R, scaling -> q
     input_gradient: Callable  # dy, weight, q, lora_A, dropout, seed -> dx
@@ -51,6 +52,9 @@ def _composed(
     def shrink_with_core(x, lora_A, lora_R, *settings):
         return shrink(x, lora_A, core_or_identity(lora_R, lora_A, x.dtype), *settings)
 
+    def expand_undropped(*operands):
+        return expand(*operands, 0.0, None)
+
     def core_input_gradient(dy, lora_B, lora_R, scaling):
         core = None if lora_R is None else lora_R.t()
         return shrink_with_core(dy, lora_B.t(), core, scaling, 0.0, None)[1]
@@ -63,7 +67,7 @@ def _composed(
 
     return Operations(
         shrink=shrink_with_core,
-        expand=expand,
+        expand=expand_undropped,
         core_backward=core_backward,
         core_input_gradient=core_input_gradient,
         input_gradient=input_gradient,
@@ -92,7 +96,7 @@ def _direct(backend: str) -> Operations:
         return _composed(*(implementation(name, backend) for name in names))
     return Operations(
         shrink=reference.shrink,
-        expand=reference.expand,
+        expand=two_call,
         core_backward=reference.core_backward,
         core_input_gradient=reference.core_input_gradient,
         input_gradient=reference.input_gradient,
