@@ -41,10 +41,8 @@ and `lorasb merge` a whole model for transformers.
 
 
 def public_name(name: str | None) -> str | None:
-    """The name of a base model without the folders of this machine; None where there is none."""
-    if not name:
-        return None
-    return name if is_hub_id(name) else Path(name).name or None
+    """The name of a base model without the folders of this machine."""
+    return name if not name or is_hub_id(name) else Path(name).name
 
 
 def is_hub_id(name: str) -> bool:
