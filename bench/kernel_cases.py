@@ -13,6 +13,7 @@ from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.limits import BACKENDS
 from lorasb_kernels.ops.shrink import shrink
+from lorasb_kernels.ops.triton.expand_dual import has_dual
 from lorasb_kernels.ops.triton.route_files import ROUTES
 from lorasb_kernels.ops.triton.tiles import (
     ExpandTile,
@@ -100,6 +101,8 @@ def _tiles(route: str, device: torch.device) -> tuple[ExpandTile, ...]:
     arch = architecture(device)
     if route == "fused_descriptor":
         return descriptor_candidates(arch, DTYPE, dropout=False)[:1]
+    if route == "dual" and not has_dual(device, DTYPE):
+        return ()
     return (expand_tile(arch, DTYPE, dropout=False),)
 
 
@@ -154,7 +157,7 @@ def why_not(implementation: str, device: torch.device) -> str | None:
     backend, _, route = implementation.partition(" ")
     reason = obstacle(backend, device, DTYPE)
     if reason is None and route and not _tiles(route, device):
-        reason = "the device has no tensor memory accelerator"
+        reason = "it is for Hopper (dual: with the CUDA extension)"
     return reason
 
 

@@ -10,8 +10,8 @@
 // Two blocks form a cluster: their tiles of y lie below each other, and each copies half of the
 // tile of W into both.
 //
-// Reads x M·N / BLOCK_N times and W M·N / 256 times, mostly from L2; writes y once; 2·M·N·(K + r)
-// flops. Compiled for sm_90a alone.
+// Reads x N / BLOCK_N times and W M / 256 times, mostly from L2; writes y once; 2·M·N·(K + r) flops.
+// Compiled for sm_90a alone.
 #include "../common/dropout.cuh"
 #include "../common/launch.cuh"
 #include "expand.h"

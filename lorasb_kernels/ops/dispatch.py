@@ -68,7 +68,10 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in KERNEL_DTYPES:
         return f"it supports float16, bfloat16 and float32, not {dtype}"
     if backend == "triton":
-        return _triton_obstacle() or _interpreter_or_gpu_obstacle(device, dtype)
+        reason = _triton_obstacle() or _interpreter_or_gpu_obstacle(device, dtype)
+        if reason is None and device.type == "cuda":
+            extension.obstacle()  # loads it: its kernel for Hopper is one of Triton's routes
+        return reason
     return extension.obstacle() or _gpu_obstacle(device)
 
 

@@ -13,6 +13,7 @@ from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.measuring import tuning_mode
 from lorasb_kernels.ops.triton.expand import RUN
+from lorasb_kernels.ops.triton.expand_dual import has_dual
 from lorasb_kernels.ops.triton.expand_route import forget_routes
 from lorasb_kernels.ops.triton.route_decision import shape_of, takes_tensor_maps
 from lorasb_kernels.ops.triton.route_files import DeviceFile, Measured, device_file
@@ -69,7 +70,8 @@ def tune(
                 say(f"{key}: measured before")
                 continue
             described = takes_tensor_maps(x, weight, p, factor)
-            tried = candidates(kept.arch, dtype, dropout > 0, described, all_tiles)
+            dual = described and has_dual(device, dtype)
+            tried = candidates(kept.arch, dtype, dropout > 0, described, dual, all_tiles)
             # Kept at once, so that an interrupted run has lost nothing.
             new |= kept.add({key: measure(operands, RUN, tried, timer)}, replace=anew)
             times = {name: timed.microseconds for name, timed in new[key].routes.items()}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lorasb_kernels.ops.dropout import keep_mask
+from lorasb_kernels.ops.triton.expand import RUN
 from tests.cuda.test_operators import (
     BF16,
     CPU,
@@ -186,6 +187,15 @@ def test_other_operands_and_devices_take_the_other_kernel(reason, simulator):
     (launch,) = check(simulator, "expand", *arguments, **device)
     changed = {"N", "dtype", "capability"} & set(OTHERWISE[reason])
     assert (taken(launch) is None) == bool(changed), "the change alone decides"
+
+
+def test_the_route_of_triton_s_backend(simulator):
+    """The same launch as the operator's; the tile of the route is ignored."""
+    arguments = (*operands(77, 136, 72, 24, BF16, True), None, 0.3, SEED)
+    with simulator.running(capability=HOPPER) as launches:
+        y = RUN["dual"](*arguments, None)
+    assert [taken(launch) for launch in launches] == [WIDE]
+    assert same_bits(y, run(simulator, "expand", *arguments, capability=HOPPER)[0][0])
 
 
 def test_no_rows(simulator):

@@ -43,6 +43,17 @@ def test_it_loads_without_a_gpu_and_tells_what_it_is(library):
     assert info["extension"] == str(library)
 
 
+def test_triton_s_route_to_it_is_there_once_it_is_loaded(library):
+    code = """
+from lorasb_kernels.ops import dispatch
+from lorasb_kernels.ops.triton.expand_dual import dual_is_loaded
+before = dual_is_loaded()
+extension.obstacle()
+print(before, dual_is_loaded())
+"""
+    assert python(library, code).split() == ["False", "True"]
+
+
 def test_cpu_tensors_are_refused(library):
     code = """
 from lorasb_kernels.functional import lorasb_linear

@@ -20,6 +20,7 @@ import triton.language as tl
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
+from lorasb_kernels.ops.triton.expand_dual import dual_expand
 from lorasb_kernels.ops.triton.expand_route import choose_route
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
 from lorasb_kernels.ops.triton.tiles import EXPAND_BLOCK_R, ExpandTile
@@ -149,6 +150,7 @@ RUN = {
     "two_call": two_call_expand,
     "fused": fused_expand,
     "fused_descriptor": descriptor_expand,
+    "dual": dual_expand,
 }
 
 

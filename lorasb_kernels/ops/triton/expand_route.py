@@ -3,6 +3,7 @@
     two_call           cuBLAS twice, see `ops/two_call.py`                      `expand.py`
     fused              one GEMM whose contraction is extended over the rank   `expand.py`
     fused_descriptor   the same, its tiles moved by TMA; sm_90                `expand_descriptor.py`
+    dual               the CUDA extension's persistent kernel for Hopper      `expand_dual.py`
 
 `route_decision.py` says how it is decided. A process decides once for a class of shapes, so the
 bits of its results stay what they are, and files carry what was measured to later processes. In

@@ -18,6 +18,7 @@ import torch
 
 from lorasb_kernels.ops.measuring import tuning_mode, why_not_measured
 from lorasb_kernels.ops.triton.agreement import agreed
+from lorasb_kernels.ops.triton.expand_dual import dual_is_loaded, has_dual
 from lorasb_kernels.ops.triton.route_files import (
     SHIPPED,
     DeviceFile,
@@ -30,7 +31,7 @@ from lorasb_kernels.ops.triton.route_measuring import Runs, Timer, bursts, candi
 from lorasb_kernels.ops.triton.route_rule import unmeasured_route
 from lorasb_kernels.ops.triton.tiles import ExpandTile, rank_tiles
 
-BY_TENSOR_MAP = ("fused_descriptor",)  # routes that need `takes_tensor_maps`
+BY_TENSOR_MAP = ("fused_descriptor", "dual")  # routes that need `takes_tensor_maps`
 
 
 class Shape(NamedTuple):
@@ -139,7 +140,8 @@ def decide(
                 f"for each class of shapes; kept in {kept.path} (LORASB_TUNE=off: never)"
             )
             described = takes_tensor_maps(x, weight, p, factor)
-            tried = candidates(kept.arch, shape.dtype, shape.dropout, described)
+            dual = described and has_dual(x.device, shape.dtype)
+            tried = candidates(kept.arch, shape.dtype, shape.dropout, described, dual)
             new = {shape.key: measure(operands, runs, tried, timer)}
             found = kept.add(new, replace=anew)[shape.key], kept.path.name
         return json.dumps([found[0].to_json(), found[1]])
@@ -196,7 +198,10 @@ def _in_file(path: Path, shape: Shape, arch: str) -> tuple[Measured, str] | None
 def _fastest(entry: Measured, source: str) -> Route:
     times = ", ".join(f"{name} {timed.microseconds:.1f} µs" for name, timed in entry.routes.items())
     reason = f"measured on {entry.date} at M = {entry.rows} ({source}): {times}"
-    order = sorted(entry.routes, key=lambda name: entry.routes[name].microseconds)
+    there = [name for name in entry.routes if name != "dual" or dual_is_loaded()]
+    order = sorted(there, key=lambda name: entry.routes[name].microseconds)
+    if len(there) < len(entry.routes):
+        reason += "; dual needs the CUDA extension"
     otherwise = None
     if order[0] in BY_TENSOR_MAP:
         plain = next(name for name in order if name not in BY_TENSOR_MAP)

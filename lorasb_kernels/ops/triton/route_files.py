@@ -29,7 +29,7 @@ from lorasb_kernels.ops.triton.tiles import ExpandTile, architecture
 from lorasb_kernels.utils.files import cache_folder, write_text
 
 FORMAT = 3
-ROUTES = ("two_call", "fused", "fused_descriptor")
+ROUTES = ("two_call", "fused", "fused_descriptor", "dual")
 SHIPPED = Path(__file__).resolve().parent.parent / "tuned"
 LOGGER = logging.getLogger("lorasb_kernels")
 _SAID: set[str] = set()

@@ -33,7 +33,12 @@ bursts: Timer = functools.partial(interleave, rounds=5)
 
 
 def candidates(
-    arch: str, dtype: torch.dtype, dropout: bool, described: bool, all_tiles: bool = False
+    arch: str,
+    dtype: torch.dtype,
+    dropout: bool,
+    described: bool,
+    dual: bool = False,
+    all_tiles: bool = False,
 ) -> Candidates:
     """The routes and tiles to time, without those whose stages a block cannot hold.
 
@@ -42,6 +47,7 @@ def candidates(
         dtype: of the operands.
         dropout: whether there is a mask.
         described: whether tensor maps can describe the operands.
+        dual: whether the CUDA extension's kernel for Hopper takes them.
         all_tiles: every tile instead of the first few of each route.
     """
     shipped = expand_tile(arch, dtype, dropout)
@@ -53,6 +59,7 @@ def candidates(
         ("two_call", shipped),
         *(("fused", tile) for tile in fitting[:count]),
         *(("fused_descriptor", tile) for tile in by_tensor_map[:count]),
+        *([("dual", shipped)] if dual else ()),
     ]
 
 
