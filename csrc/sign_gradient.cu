@@ -1,10 +1,12 @@
 // acc += (w ⊙ dy)ᵀ x, and sign((w ⊙ dy)ᵀ x) in one shot; see token_product.cu.
+#include "hopper/sign_gradient.h"
 #include "ops.h"
 #include "token_product.h"
 
 namespace lorasb {
 
 Launch sign_gradient(const SignGradientParams& params, cudaStream_t stream) {
+  if (hopper::takes_sign_gradient(params)) return hopper::sign_gradient(params, stream);
   TokenProductParams product{};
   product.a = params.grad_output;
   product.b = params.x;

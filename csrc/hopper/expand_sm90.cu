@@ -1,23 +1,19 @@
 // y = x Wᵀ + drop(p Bᵀ) + bias on Hopper: one persistent launch whose loads never pause.
 //
-// Two pairs of operands pass through one ring of stages in shared memory, for each tile of y first
-// chunks of (p, B), then of (x, W), 64 contraction indices each. In a block of three warpgroups
+// Two pairs of operands pass through one ring of stages (ring.cuh), for each tile of y first chunks
+// of (p, B), then of (x, W). In a block of three warpgroups
 //
 //     warp 0 of the first starts the copies (TMA), up to STAGES chunks ahead, also into the next
 //     tile of y; the other three compute the dropout mask of the next tile;
 //     the second and third multiply (wgmma), 64 rows each, and store y.
-//
-// Two blocks form a cluster: their tiles of y lie below each other, and each copies half of the
-// tile of W into both.
 //
 // Reads x N / BLOCK_N times and W M / 256 times, mostly from L2; writes y once; 2·M·N·(K + r) flops.
 // Compiled for sm_90a alone.
 #include "../common/dropout.cuh"
 #include "../common/launch.cuh"
 #include "expand.h"
+#include "ring.cuh"
 #include "tensor_map.h"
-#include "tma.cuh"
-#include "wgmma.cuh"
 
 namespace lorasb::hopper {
 namespace {
@@ -27,34 +23,31 @@ struct Params {
   const void* bias;
   Dropout dropout;
   int32_t N;
-  int32_t first_steps;              // steps of 16 in the first chunk of the rank, 1 to 4
+  int32_t first_steps;  // steps of 16 in the first chunk of the rank, 1 to 4
   int32_t rank_chunks, k_chunks;
-  int32_t tile_rows, tile_columns;  // tiles of y: of a cluster's height, of BLOCK_N
+  TileGrid tiles;
 };
 
 template <typename T_, bool TRANSPOSED_, int BLOCK_N_>
 struct Traits {
   using T = T_;
   static constexpr bool TRANSPOSED = TRANSPOSED_;
-  static constexpr int CLUSTER = 2;
-  static constexpr int CONSUMER_WARPS = 8, MASK_WARPS = 3;
+  static constexpr int MASK_WARPS = 3;
   static constexpr int THREADS = 32 * (1 + MASK_WARPS + CONSUMER_WARPS);
-  static constexpr int BLOCK_M = 128, BLOCK_N = BLOCK_N_, CHUNK = 64;
+  static constexpr int BLOCK_M = 128, BLOCK_N = BLOCK_N_;
+  using Left = SwizzledTile<BLOCK_M, true>;
+  using Right = SwizzledTile<BLOCK_N, !TRANSPOSED>;
   static constexpr int STAGES = BLOCK_N == 256 ? 4 : 6;
-
-  using X = SwizzledTile<BLOCK_M, true>;
-  using Weight = SwizzledTile<BLOCK_N, !TRANSPOSED>;
-  static constexpr int STAGE_BYTES = X::BYTES + Weight::BYTES;
 
   // Y passes through shared memory in slices of 16 rows by 32 columns, three per warp in turn.
   static constexpr int SLICE_COLUMNS = 32, SLICES = 3;
   static constexpr int SLICE_BYTES = 16 * SLICE_COLUMNS * 2;
-  // The dropout mask has a bit for each accumulator.
+  // The dropout mask has a bit for each sum.
   static constexpr int SUMS = BLOCK_N / 2;  // per thread
   static constexpr int MASK_WORDS = SUMS / 32 * 32 * CONSUMER_WARPS;
 
   // Offsets in shared memory.
-  static constexpr int Y_AT = STAGES * STAGE_BYTES;
+  static constexpr int Y_AT = STAGES * (Left::BYTES + Right::BYTES);
   static constexpr int MASK_AT = Y_AT + CONSUMER_WARPS * SLICES * SLICE_BYTES;
   static constexpr int BARRIERS_AT = MASK_AT + 4 * MASK_WORDS;
   static constexpr int SHARED_BYTES = BARRIERS_AT + Barrier::BYTES * (2 * STAGES + 2);
@@ -66,75 +59,31 @@ struct Shared {
   unsigned char* memory;
   uint32_t base;  // its address
 
-  __device__ uint32_t x(int stage) const { return base + stage * Traits::STAGE_BYTES; }
-  __device__ uint32_t weight(int stage) const { return x(stage) + Traits::X::BYTES; }
+  __device__ Ring<Traits> ring() const { return {base, base + Traits::BARRIERS_AT}; }
   __device__ uint32_t slice(int warp, int index) const {
     return base + Traits::Y_AT + (warp * Traits::SLICES + index) * Traits::SLICE_BYTES;
   }
   __device__ uint32_t* mask() const {
     return reinterpret_cast<uint32_t*>(memory + Traits::MASK_AT);
   }
-  __device__ Barrier full(int stage) const { return barrier(stage); }
-  __device__ Barrier empty(int stage) const { return barrier(Traits::STAGES + stage); }
-  __device__ Barrier mask_full() const { return barrier(2 * Traits::STAGES); }
-  __device__ Barrier mask_empty() const { return barrier(2 * Traits::STAGES + 1); }
-
- private:
-  __device__ Barrier barrier(int index) const {
-    return {base + Traits::BARRIERS_AT + Barrier::BYTES * index};
+  __device__ Barrier mask_full() const {
+    return {base + Traits::BARRIERS_AT + Ring<Traits>::BARRIER_BYTES};
   }
+  __device__ Barrier mask_empty() const { return {mask_full().address + Barrier::BYTES}; }
 };
-
-// Calls function(m0, n0) with the corner of each of this block's tiles of y.
-//
-// Clusters take tiles in turn, in an order in which concurrent ones share operands in L2: eight
-// rows of tiles at a time, column by column.
-template <class Traits, class Function>
-__device__ inline void for_each_tile(const Params& params, uint32_t block, Function function) {
-  constexpr int GROUP = 8;
-  const int tiles = params.tile_rows * params.tile_columns;
-  for (int i = blockIdx.x / Traits::CLUSTER; i < tiles; i += gridDim.x / Traits::CLUSTER) {
-    const int in_group = GROUP * params.tile_columns;
-    const int first = i / in_group * GROUP;
-    const int height = min(GROUP, params.tile_rows - first);
-    const int inner = i % in_group;
-    const int row = (first + inner % height) * Traits::CLUSTER + block;
-    function(row * Traits::BLOCK_M, inner / height * Traits::BLOCK_N);
-  }
-}
 
 // The part of the warp that loads, run by one thread.
 template <class Traits>
 __device__ inline void load_tiles(const Params& params, Shared<Traits> shared, uint32_t block) {
-  using Weight = typename Traits::Weight;
-  constexpr int PART = Traits::BLOCK_N / Traits::CLUSTER;
-  constexpr uint16_t ALL_BLOCKS = (1 << Traits::CLUSTER) - 1;
-  RingPosition<Traits::STAGES> at;
-  const auto load = [&](const CUtensorMap& left, const CUtensorMap& right, int m0, int n0, int k) {
-    const Barrier full = shared.full(at.stage);
-    shared.empty(at.stage).wait(at.parity ^ 1);
-    full.arrive_and_expect(Traits::STAGE_BYTES);
-    load_box(shared.x(at.stage), left, k, m0, full);
-    const int outer = block * PART;
-    const uint32_t part = shared.weight(at.stage) + outer * (Weight::BYTES / Weight::OUTER);
-    if constexpr (Traits::TRANSPOSED) {
-#pragma unroll
-      for (int i = 0; i < PART; i += 64)
-        load_box_into(ALL_BLOCKS, part + i / 64 * Weight::BOX_BYTES, right, n0 + outer + i, k,
-                      full);
-    } else {
-      load_box_into(ALL_BLOCKS, part, right, k, n0 + outer, full);
-    }
-    at.advance();
-  };
-  for_each_tile<Traits>(params, block, [&](int m0, int n0) {
+  ChunkLoader<Traits> loader(shared.ring(), block);
+  for_each_tile<Traits>(params.tiles, block, [&](int m0, int n0) {
     for (int chunk = 0; chunk < params.rank_chunks; ++chunk) {
       // What a short first chunk copies past its steps comes again with the second.
-      const int skipped = Traits::CHUNK - 16 * params.first_steps;
-      load(params.p, params.factor, m0, n0, chunk == 0 ? 0 : chunk * Traits::CHUNK - skipped);
+      const int skipped = CHUNK - 16 * params.first_steps;
+      loader.load(params.p, params.factor, m0, n0, chunk == 0 ? 0 : chunk * CHUNK - skipped);
     }
     for (int chunk = 0; chunk < params.k_chunks; ++chunk)
-      load(params.x, params.weight, m0, n0, chunk * Traits::CHUNK);
+      loader.load(params.x, params.weight, m0, n0, chunk * CHUNK);
   });
 }
 
@@ -145,11 +94,11 @@ __device__ inline void load_tiles(const Params& params, Shared<Traits> shared, u
 template <class Traits>
 __device__ inline void make_masks(const Params& params, Shared<Traits> shared, uint32_t block,
                                   int thread) {
-  constexpr int CONSUMERS = 32 * Traits::CONSUMER_WARPS;
+  constexpr int CONSUMERS = 32 * CONSUMER_WARPS;
   const int64_t seed = *params.dropout.seed;
   const uint32_t threshold = params.dropout.threshold;
   uint32_t parity = 0;
-  for_each_tile<Traits>(params, block, [&](int m0, int n0) {
+  for_each_tile<Traits>(params.tiles, block, [&](int m0, int n0) {
     shared.mask_empty().wait(parity ^ 1);
     for (int word = thread; word < Traits::MASK_WORDS; word += 32 * Traits::MASK_WARPS) {
       const int consumer = word % CONSUMERS, lane = consumer % 32;
@@ -225,113 +174,66 @@ __device__ inline void store_rows(const float (&acc)[Traits::SUMS], const CUtens
   }
 }
 
-template <int COUNT>
-using Steps = std::integral_constant<int, COUNT>;
-
 // The part of the warps that multiply, `thread` counted over them.
 template <class Traits>
 __device__ inline void multiply_tiles(const Params& params, Shared<Traits> shared, uint32_t block,
                                       int thread) {
-  using T = typename Traits::T;
-  using X = typename Traits::X;
-  using Weight = typename Traits::Weight;
   const int warp = thread / 32, lane = thread % 32;
-  const uint64_t x = X::descriptor(shared.x(0) + warp / 4 * (X::BYTES / 2));
-  const uint64_t weight = Weight::descriptor(shared.weight(0));
-  float acc[Traits::SUMS];
-  RingPosition<Traits::STAGES> at;
-  int previous = 0;  // the stage before, still read by products in flight
+  Products<Traits> products(shared.ring(), thread);
   int used_slices = 0;
   uint32_t mask_parity = 0;
-
-  // Starts the products of the next chunk's first steps; the first of them overwrites unless `add`.
-  const auto multiply_chunk = [&](auto steps, bool add) {
-    shared.full(at.stage).wait(at.parity);
-    pin(acc);
-    fence_products();
-    const uint64_t a = X::advanced(x, at.stage * Traits::STAGE_BYTES);
-    const uint64_t b = Weight::advanced(weight, at.stage * Traits::STAGE_BYTES);
-#pragma unroll
-    for (int i = 0; i < decltype(steps)::value; ++i)
-      multiply_16<T, X, Weight>(acc, a + i * X::NEXT_16, b + i * Weight::NEXT_16, add || i > 0);
-    commit_products();
-    previous = at.stage;
-    at.advance();
-  };
-  // A warp speaks for its own reads only, hence an arrival per warp, in each block whose copies
-  // this stage receives.
-  const auto release = [&](int stage) {
-    if (lane < Traits::CLUSTER) shared.empty(stage).arrive_in(lane);
-  };
-  const auto multiply_chunks = [&](int count) {
-#pragma unroll 1
-    for (int chunk = 0; chunk < count; ++chunk) {
-      const int done = previous;
-      multiply_chunk(Steps<Traits::CHUNK / 16>{}, true);
-      wait_products<1>();
-      pin(acc);
-      release(done);
-    }
-  };
-
-  for_each_tile<Traits>(params, block, [&](int m0, int n0) {
+  for_each_tile<Traits>(params.tiles, block, [&](int m0, int n0) {
     switch (params.first_steps) {
-      case 1: multiply_chunk(Steps<1>{}, false); break;
-      case 2: multiply_chunk(Steps<2>{}, false); break;
-      case 3: multiply_chunk(Steps<3>{}, false); break;
-      default: multiply_chunk(Steps<4>{}, false);
+      case 1: products.template start<1>(false); break;
+      case 2: products.template start<2>(false); break;
+      case 3: products.template start<3>(false); break;
+      default: products.template start<4>(false);
     }
-    multiply_chunks(params.rank_chunks - 1);
+    products.add_chunks(params.rank_chunks - 1);
     if (params.dropout.seed) {
-      wait_products<0>();
-      pin(acc);
+      products.wait();
       shared.mask_full().wait(mask_parity);
       mask_parity ^= 1;
 #pragma unroll
       for (int part = 0; part < Traits::SUMS / 32; ++part) {
-        const uint32_t bits = shared.mask()[32 * Traits::CONSUMER_WARPS * part + thread];
+        const uint32_t bits = shared.mask()[32 * CONSUMER_WARPS * part + thread];
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
-          float& sum = acc[32 * part + i];
+          float& sum = products.sums[32 * part + i];
           sum = bits >> i & 1 ? sum * params.dropout.scale : 0.f;
         }
       }
       __syncwarp();
       if (lane == 0) shared.mask_empty().arrive();
     }
-    multiply_chunks(params.k_chunks);
+    products.add_chunks(params.k_chunks);
 
-    Bias<T, Traits::SUMS> bias;  // loaded while the last products are in flight
+    Bias<typename Traits::T, Traits::SUMS> bias;  // loaded while the last products are in flight
     if (params.bias) bias.load(params.bias, n0 + lane % 4 * 2, params.N);
-    wait_products<0>();
-    pin(acc);
-    release(previous);
-    if (params.bias) bias.add_to(acc);
-    store_rows<Traits>(acc, params.y, shared, warp, m0 + 16 * warp, n0, used_slices);
+    products.finish();
+    if (params.bias) bias.add_to(products.sums);
+    store_rows<Traits>(products.sums, params.y, shared, warp, m0 + 16 * warp, n0, used_slices);
   });
   if (lane == 0) wait_stores();
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, 1) __cluster_dims__(Traits::CLUSTER, 1, 1)
+__global__ void __launch_bounds__(Traits::THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
     hopper_expand_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared<Traits> shared{memory, shared_address(memory)};
   const uint32_t block = block_in_cluster();
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Traits::STAGES; ++stage) {
-      shared.full(stage).initialize(1);
-      shared.empty(stage).initialize(Traits::CONSUMER_WARPS * Traits::CLUSTER);
-    }
+    shared.ring().initialize();
     shared.mask_full().initialize(Traits::MASK_WARPS);
-    shared.mask_empty().initialize(Traits::CONSUMER_WARPS);
+    shared.mask_empty().initialize(CONSUMER_WARPS);
     publish_barriers();
   }
   cluster_barrier();
 
   const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // the same for the compiler, too
   if (warp < 1 + Traits::MASK_WARPS) {
-    shrink_registers_to<56>();
+    shrink_registers_to<56>();  // the masks need more than the 40 that copying does
     if (threadIdx.x == 0)
       load_tiles(params, shared, block);
     else if (warp > 0 && params.dropout.seed)
@@ -346,15 +248,15 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) __cluster_dims__(Traits::C
 
 // The runs of a device that tiles of this width need, in columns of y.
 template <class Traits>
-int64_t cost_of(int64_t M, int64_t N, int clusters) {
-  const int64_t tiles = ceil_div<int64_t>(M, Traits::CLUSTER * Traits::BLOCK_M) *
-                        ceil_div<int64_t>(N, Traits::BLOCK_N);
-  return ceil_div<int64_t>(tiles, clusters) * Traits::BLOCK_N;
+int64_t cost_of(int M, int N) {
+  const TileGrid tiles = tiles_of<Traits>(M, N);
+  const int64_t count = static_cast<int64_t>(tiles.rows) * tiles.columns;
+  return ceil_div<int64_t>(count, resident_clusters()) * Traits::BLOCK_N;
 }
 
 template <class Traits>
-Launch launch_expand(const ExpandParams& expand, int clusters, cudaStream_t stream) {
-  constexpr int BOX = Traits::TRANSPOSED ? 64 : Traits::BLOCK_N / Traits::CLUSTER;
+Launch launch_expand(const ExpandParams& expand, cudaStream_t stream) {
+  constexpr int BOX = Traits::TRANSPOSED ? 64 : Traits::BLOCK_N / CLUSTER;
   const Matrix& weight = expand.weight.matrix;
   const int M = expand.x.rows, r = expand.p.columns;
   const int N = Traits::TRANSPOSED ? weight.columns : weight.rows;
@@ -365,22 +267,20 @@ Launch launch_expand(const ExpandParams& expand, int clusters, cudaStream_t stre
     return make_tensor_map(&map, expand.dtype, matrix, rows, columns);
   };
   for (const cudaError_t error :
-       {map(params.x, expand.x, Traits::BLOCK_M, Traits::CHUNK),
-        map(params.p, expand.p, Traits::BLOCK_M, Traits::CHUNK),
-        map(params.weight, weight, BOX, Traits::CHUNK),
-        map(params.factor, expand.factor.matrix, BOX, Traits::CHUNK),
+       {map(params.x, expand.x, Traits::BLOCK_M, CHUNK),
+        map(params.p, expand.p, Traits::BLOCK_M, CHUNK),
+        map(params.weight, weight, BOX, CHUNK),
+        map(params.factor, expand.factor.matrix, BOX, CHUNK),
         map(params.y, y, 16, Traits::SLICE_COLUMNS)})
     if (error != cudaSuccess) return Launch{error, "cuTensorMapEncodeTiled"};
   params.bias = expand.bias;
   params.dropout = expand.dropout;
   params.N = N;
-  params.rank_chunks = ceil_div(r, Traits::CHUNK);
-  params.first_steps = ceil_div(r, 16) - (params.rank_chunks - 1) * (Traits::CHUNK / 16);
-  params.k_chunks = ceil_div(expand.x.columns, Traits::CHUNK);
-  params.tile_rows = ceil_div(M, Traits::CLUSTER * Traits::BLOCK_M);
-  params.tile_columns = ceil_div(N, Traits::BLOCK_N);
-  const int64_t tiles = static_cast<int64_t>(params.tile_rows) * params.tile_columns;
-  const dim3 grid(static_cast<unsigned>(tiles < clusters ? tiles : clusters) * Traits::CLUSTER);
+  params.rank_chunks = ceil_div(r, CHUNK);
+  params.first_steps = ceil_div(r, 16) - (params.rank_chunks - 1) * (CHUNK / 16);
+  params.k_chunks = ceil_div(expand.x.columns, CHUNK);
+  params.tiles = tiles_of<Traits>(M, N);
+  const dim3 grid(blocks_for(params.tiles, resident_clusters()));
   return launch(hopper_expand_kernel<Traits>, "hopper_expand", grid, Traits::THREADS,
                 Traits::SHARED_BYTES, params, stream);
 }
@@ -391,12 +291,9 @@ Launch expand_layout(const ExpandParams& params, cudaStream_t stream) {
   using Narrow = Traits<T, TRANSPOSED, 128>;
   const Matrix& weight = params.weight.matrix;
   const int M = params.x.rows, N = TRANSPOSED ? weight.columns : weight.rows;
-  const int available = multiprocessors() / Wide::CLUSTER;
-  const int clusters = available < 1 ? 1 : available;
   // A narrow tile reads more per product: it has to save more than it costs.
-  const bool narrow = 8 * cost_of<Wide>(M, N, clusters) > 9 * cost_of<Narrow>(M, N, clusters);
-  return narrow ? launch_expand<Narrow>(params, clusters, stream)
-                : launch_expand<Wide>(params, clusters, stream);
+  const bool narrow = 8 * cost_of<Wide>(M, N) > 9 * cost_of<Narrow>(M, N);
+  return narrow ? launch_expand<Narrow>(params, stream) : launch_expand<Wide>(params, stream);
 }
 
 }  // namespace

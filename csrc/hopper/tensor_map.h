@@ -15,7 +15,7 @@ inline bool describable(const Matrix& matrix) {
          (matrix.rows == 1 || rows_apart);
 }
 
-// The map of a `describable` matrix of 16-bit elements, copied in boxes of box_rows × box_columns.
+// The map of a `describable` matrix, copied in boxes of box_rows × box_columns.
 // Their rows, of 128 or 64 bytes, lie in shared memory in the swizzle of that width.
 //
 // cuTensorMapEncodeTiled is a function of the driver, which the runtime looks up: the extension
@@ -33,20 +33,21 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const Matrix& 
   }();
   if (encode == nullptr) return cudaErrorInsufficientDriver;
 
-  constexpr int BYTES = 2;
+  constexpr CUtensorMapDataType TYPES[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                           CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                           CU_TENSOR_MAP_DATA_TYPE_FLOAT32};  // by DType
+  const int bytes = element_size(dtype);
   const int64_t stride = matrix.rows > 1 ? matrix.stride : (matrix.columns + 7) / 8 * 8;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns),
                               static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride * BYTES)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride * bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns),
                             static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t every_element[] = {1, 1};
   const CUresult result = encode(
-      map,
-      dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      2, const_cast<void*>(matrix.data), sizes, strides, box, every_element,
+      map, TYPES[static_cast<int>(dtype)], 2, const_cast<void*>(matrix.data), sizes, strides, box, every_element,
       CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_columns * BYTES == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      box_columns * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -39,6 +39,14 @@ __device__ inline void store_box(const CUtensorMap& map, int column, int row, ui
                : "memory");
 }
 
+// Starts adding a box of fp32 elements to global memory, a group of its own.
+__device__ inline void add_box(const CUtensorMap& map, int column, int row, uint32_t shared) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group "
+               "[%0, {%1, %2}], [%3];\n"
+               "cp.async.bulk.commit_group;" ::"l"(&map), "r"(column), "r"(row), "r"(shared)
+               : "memory");
+}
+
 // Waits until at most PENDING of this thread's stores have yet to read their shared memory.
 template <int PENDING>
 __device__ inline void wait_stores_read() {

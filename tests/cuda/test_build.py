@@ -15,8 +15,8 @@ build = simulation.build
 # Limits of a multiprocessor of sm_86.
 REGISTERS, SHARED_BYTES, RESERVED_BYTES, THREADS = 65536, 100 * 1024, 1024, 1536
 
-KERNELS = 42
-HOPPER_KERNELS = 8  # of them, which are compiled for sm_90a alone; see test_hopper_resources.py
+KERNELS = 46
+HOPPER_KERNELS = 12  # of them, which are compiled for sm_90a alone; see test_hopper_resources.py
 
 # Kernel and its traits -> threads, dynamic shared memory, blocks meant to share a multiprocessor.
 OCCUPANCY = {

@@ -1,4 +1,4 @@
-"""What ptxas makes of the Hopper kernel: registers, shared memory and the loop over chunks."""
+"""What ptxas makes of the Hopper kernels: registers, shared memory and the loop over chunks."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from tests.cuda import simulator as simulation
-from tests.cuda.test_build import HOPPER_KERNELS, kernels_in
+from tests.cuda.test_build import kernels_in
 from tests.cuda.test_hopper import HOPPER, operands, taken
 from tests.cuda.test_operators import BF16, run
 
@@ -28,10 +28,19 @@ class Loop(NamedTuple):
         return sum(re.search(pattern, instruction) is not None for instruction in self.instructions)
 
 
-@pytest.fixture(scope="session")
-def compiled(toolkit) -> Path:
-    (path,) = [path for path in simulation.objects() if path.stem == "expand_sm90"]
+# File, and the loops over chunks of each of its kernels: over the rank and over K; over tokens.
+LOOPS = {"expand_sm90": 2, "sign_gradient_sm90": 1}
+
+
+@pytest.fixture(scope="session", params=LOOPS)
+def compiled(request, toolkit) -> Path:
+    (path,) = [path for path in simulation.objects() if path.stem == request.param]
     return path
+
+
+@pytest.fixture(scope="session")
+def kernels(compiled) -> dict[str, dict[str, int]]:
+    return kernels_in(compiled.with_suffix(".log").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +71,12 @@ def multiplying_loops(listing: str) -> list[Loop]:
     return [loop for loop in loops if loop.count("HGMMA")]
 
 
-def test_registers_are_those_that_the_warpgroups_share_and_none_spills(compiled):
-    log = compiled.with_suffix(".log").read_text()
-    kernels = kernels_in(log)
-    assert len(kernels) == HOPPER_KERNELS
+def test_registers_are_those_that_the_warpgroups_share_and_none_spills(compiled, kernels):
+    assert kernels
     for kernel, resources in kernels.items():
         assert resources["stack"] == resources["stores"] == resources["loads"] == 0, kernel
         assert resources["registers"] * THREADS <= REGISTERS
-    source = (simulation.build.SOURCE / "hopper" / "expand_sm90.cu").read_text()
+    source = (simulation.build.SOURCE / "hopper" / f"{compiled.stem}.cu").read_text()
     (few,) = re.findall(r"shrink_registers_to<(\d+)>", source)
     (many,) = re.findall(r"grow_registers_to<(\d+)>", source)
     assert 128 * int(few) + 256 * int(many) <= REGISTERS
@@ -83,9 +90,9 @@ def test_no_product_waits_for_another(compiled):
     assert "wgmma" not in log
 
 
-def test_the_loop_over_chunks(loops):
-    """Two loops per kernel, over the rank and over K, of four products and one wait each."""
-    assert len(loops) == 2 * HOPPER_KERNELS
+def test_the_loop_over_chunks(loops, kernels, compiled):
+    """Four products and one wait per chunk, nothing that waits for memory."""
+    assert len(loops) == LOOPS[compiled.stem] * len(kernels)
     for loop in loops:
         assert loop.count("HGMMA") == 4, loop
         assert loop.count("WARPGROUP.DEPBAR") == 1, loop
