@@ -147,8 +147,8 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained, device) -> tuple
     def product(operation: str, N: int, K: int, transposed: bool, masked: bool) -> Step:
         sizes = Shape(dtype, rounded_rows(M), N, K, r, transposed, masked)
         route = plan_route(arch, sizes, device)
-        ours = route.name != "two_call" or masked
-        return Step(operation, route.name, route.tile if ours else None, route.reason)
+        tiled = route.name.startswith("fused") or (masked and route.name == "two_call")
+        return Step(operation, route.name, route.tile if tiled else None, route.reason)
 
     return (
         projection("shrink", n, drops),

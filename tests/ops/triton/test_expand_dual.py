@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import lorasb_kernels
 from lorasb_kernels.ops.triton import expand_dual, expand_route, route_decision
 from lorasb_kernels.ops.triton.expand_dual import has_dual
 from lorasb_kernels.ops.triton.route_decision import Shape
@@ -58,6 +59,13 @@ def test_it_is_taken_where_it_was_measured_to_be_the_fastest(measured, monkeypat
     monkeypatch.setattr(route_decision, "dual_is_loaded", lambda: True)
     assert expand_route.plan_route("sm_90", SHAPE).name == "dual"
     assert expand_route.plan_route("sm_90", SHAPE, aligned=False).name == "two_call"
+
+
+def test_explain_names_no_tile_of_triton_s_for_it(measured, monkeypatch):
+    monkeypatch.setattr(route_decision, "dual_is_loaded", lambda: True)
+    steps = lorasb_kernels.explain((4096, 4096, 96), tokens=8192, arch="sm_90").steps
+    (step,) = [step for step in steps if step.operation == "expand"]
+    assert (step.runs, step.tile) == ("dual", None)
 
 
 def test_without_the_extension_the_next_fastest_is_taken(measured):
