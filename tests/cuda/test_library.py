@@ -45,7 +45,7 @@ def test_it_loads_without_a_gpu_and_tells_what_it_is(library):
 
 def test_triton_s_route_to_it_is_there_once_it_is_loaded(library):
     code = """
-from lorasb_kernels.ops import dispatch
+import lorasb_kernels.ops.expand  # defines the operator
 from lorasb_kernels.ops.triton.expand_dual import dual_is_loaded
 before = dual_is_loaded()
 extension.obstacle()
