@@ -5,9 +5,10 @@
 The layer has so few elements that nothing but the host's own work is left: Python, torch's
 dispatcher, autograd. That is what a GPU waits for when its kernels are short. The step is one of
 SmolLM2-135M's architecture with random weights, forward, backward and AdamW, where an adapter pays
-for its products as well. Contenders take turns burst by burst; the number is the median processor
-time of this process, which other processes disturb least. Writes host.json and prints the tables;
-`--part` measures one part anew and leaves the others as they were.
+for its products as well. Contenders take turns burst by burst; a time is the median processor time
+of this process, which other processes disturb least, and a multiple the median over rounds, as the
+times of a round share their disturbance. Writes host.json and prints the tables; `--part` measures
+some parts anew and leaves the others as they were.
 """
 
 import argparse
@@ -178,17 +179,20 @@ def tables(record: dict) -> str:
 
 
 def _table(rows: list[dict], column: str, unit: float) -> str:
-    """The medians by contender and `column`, and as multiples of the first contender's."""
+    """By contender and `column` the median, and the median over rounds of its multiple of the
+    first contender's time in the same round."""
     columns = list(dict.fromkeys(row[column] for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    medians = {(row["contender"], row[column]): row["median"] * unit for row in rows}
+    found = {(row["contender"], row[column]): row for row in rows}
     lines = []
     for name in contenders:
         cells = []
         for value in columns:
-            own, bound = medians[name, value], medians[contenders[0], value]
-            over = f" ({own / bound:.2f}×)" if name != contenders[0] else ""
-            cells.append(f"{own:.1f}{over}")
+            own, bound = found[name, value], found[contenders[0], value]
+            pairs = zip(own["samples"], bound["samples"], strict=True)
+            over = statistics.median(mine / first for mine, first in pairs)
+            multiple = f" ({over:.2f}×)" if name != contenders[0] else ""
+            cells.append(f"{own['median'] * unit:.1f}{multiple}")
         lines.append([name, *cells])
     return markdown_table(["", *columns], lines)
 

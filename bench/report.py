@@ -33,10 +33,11 @@ frozen layer in the same run. `python -m bench.changes` compares two sets of res
 HOST = """## What an adapter costs the host
 
 `python -m bench.host`, one core, {date}, commit {commit}, torch {torch}. Two x86 cores that other
-programs used as well: only the relations within a table mean something. Medians of interleaved
-bursts, processor time of the process; in brackets the multiple of the first line. LoRA-SB trains R,
-peft and "LoRA" train A and B, "published" is the form of LoRA-SB's published code, "addmm" an
-autograd function around in-place `addmm_`.
+programs used as well, heavily: only the relations within a table mean something. Medians of
+interleaved bursts, processor time of the process; in brackets the multiple of the first line, the
+median over rounds. LoRA-SB trains R, peft and "LoRA" train A and B, "published" is the form of
+LoRA-SB's published code, "addmm" an autograd function around in-place `addmm_`. A part that is not
+in a table was not measured.
 
 {tables}
 """
