@@ -11,6 +11,7 @@ its limit is no failure.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from bench.extension import find_tool
 
@@ -131,13 +134,13 @@ class Session:
 
 def end(child: subprocess.Popen) -> None:
     """Ends a process and its workers: it may save what it has for some seconds."""
-    for number, patience in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
-        if child.poll() is None:
-            os.killpg(child.pid, number)
-            try:
-                child.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+    with contextlib.suppress(ProcessLookupError):  # workers may be left where the child is not
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -253,6 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", default=os.environ.get("OUT"), help="default bench/results")
     options = parser.parse_args(arguments)
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; expected one, or --dry (make gpu DRY=1)")
     out = Path(options.out or (ROOT / "out/gpu-dry" if options.dry else ROOT / "bench/results"))
     out.mkdir(parents=True, exist_ok=True)
     patience = DRY_PATIENCE if options.dry else 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from lorasb_kernels.ops import extension
 from lorasb_kernels.ops.dropout import new_seed
 from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.measuring import tuning_mode
@@ -56,6 +57,7 @@ def tune(
         if device.type != "cuda":
             raise RuntimeError(f"device is {device}; expected a CUDA device: nothing else is timed")
         kept = device_file(device)
+    extension.obstacle()  # loads it: one of the routes is its kernel
     say = progress or (lambda line: None)
     anew = all_tiles or tuning_mode() == "now"
     new: dict[str, Measured] = {}

@@ -22,9 +22,8 @@ import torch
 from torch import nn
 
 Batch = Mapping[str, torch.Tensor]
-WARM_UP = (
-    3  # passes before the capture: the vendor's libraries load, kernels compile, routes are timed
-)
+# Passes before the capture: the vendor's libraries load, kernels compile, routes are timed.
+WARM_UP = 3
 
 
 def mean_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

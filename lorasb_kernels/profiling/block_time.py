@@ -115,9 +115,8 @@ def training_tokens_per_second(
     again = linear / 2 + 2 / 7 * attention + moved / gpu.rates.bandwidth / 3
     head = gemm(gpu, tokens, model.vocabulary, hidden).total
     head += gemm(gpu, tokens, hidden, model.vocabulary).total
-    head += (
-        4 * 4 * tokens * model.vocabulary / gpu.rates.bandwidth
-    )  # logits in fp32, their gradient
+    # The logits in fp32 and their gradient, each written and read.
+    head += 4 * 4 * tokens * model.vocabulary / gpu.rates.bandwidth
     return tokens / (model.blocks * (block + recompute * again) + head)
 
 

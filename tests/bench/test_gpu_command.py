@@ -98,6 +98,7 @@ def with_codes(monkeypatch, **codes):
     parts = {name: part(name, codes.get(name, 0)) for name in gpu.PARTS}
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "show", lambda session, *options: ran.append("table"))
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     return ran
 
 
@@ -131,6 +132,22 @@ def test_a_part_ends_at_its_limit(session):
     assert "stopped after" in session.log.read_text()
     session.deadline = time.monotonic() - 1
     assert session.run(*gpu.python("-c", "pass"), limit=10) == gpu.CUT_OFF
+
+
+def test_nothing_that_a_part_started_is_waited_for(session):
+    """A process that outlives its parent holds the pipe of the log."""
+    leaves_one = "import subprocess; subprocess.Popen(['sleep', '60'])"
+    begin = time.monotonic()
+    assert session.run(*gpu.python("-c", leaves_one), limit=30) == 0
+    assert time.monotonic() - begin < 30
+
+
+def test_without_a_gpu_only_a_dry_run_begins(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "results")])
+    assert "there is no CUDA device; expected one, or --dry" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_the_headline_numbers_come_within_two_minutes():

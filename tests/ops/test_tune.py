@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lorasb_kernels.ops import extension
 from lorasb_kernels.ops.layer_shape import LayerShape
 from lorasb_kernels.ops.triton import route_measuring
 from lorasb_kernels.ops.triton.expand import RUN
@@ -70,6 +71,14 @@ def test_all_tiles_are_more_than_the_first(monkeypatch):
     tuned(LAYERS[:1], timer)
     tuned(LAYERS[:1], timer, all_tiles=True)
     assert tried == [2, 2, 5, 5]
+
+
+def test_the_extension_is_loaded_before_as_one_route_is_its_kernel(monkeypatch):
+    events = []
+    monkeypatch.setattr(extension, "obstacle", lambda: events.append("loaded"))
+    tuned(LAYERS[:1], StubTimer("fused"), progress=events.append)
+    assert events[0] == "loaded"
+    assert len(events) == 3
 
 
 @pytest.mark.parametrize("cut_short_after", [1, 3])
