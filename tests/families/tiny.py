@@ -58,6 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         **{"expert_layer_period": 2, "expert_layer_offset": 0, "mamba_dt_rank": 4},
     },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "LongT5ForConditionalGeneration": {"decoder_start_token_id": 0},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "Qwen2VLForConditionalGeneration": {"text_config.rope_parameters": _MROPE},

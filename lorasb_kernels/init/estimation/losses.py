@@ -153,7 +153,7 @@ def default_loss(model: nn.Module, batches: list) -> tuple[Callable, list]:
                 own = own_losses(model, sample)[0]
             except (TypeError, ValueError):
                 return per_sample_loss, batches
-        tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
         if not own.isfinite() or torch.isclose(ours, own, rtol=tolerance, atol=tolerance):
             return per_sample_loss, batches
     return own_losses, [sample for batch in batches for sample in _samples(batch)]
