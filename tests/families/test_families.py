@@ -1,5 +1,8 @@
 """Architectures of transformers: adapted, trained, merged, saved, loaded; nothing in silence."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from lorasb_kernels.targets.coverage import NOT_SELECTED, THREE_DIMENSIONS, TWO_DIMENSIONS
@@ -56,3 +59,8 @@ def test_the_others(name, tmp_path):
     coverage = check_family(build(name), tmp_path)
     assert 0 < coverage.share <= 1
     assert NOT_SELECTED not in {group.reason for group in coverage.skipped}
+
+
+def test_the_page_lists_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    assert re.findall(r"^\| (\w+) \| [\d.]+%", page, re.MULTILINE) == sorted(FAMILIES)
