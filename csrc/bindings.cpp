@@ -2,25 +2,15 @@
 // 2.10 on and any Python. Schemas are defined in Python; this file only implements them.
 //
 // Every argument is checked here, before anything is launched.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
-#include <cstdint>
-#include <optional>
-#include <sstream>
-#include <string>
+#include <algorithm>
 #include <tuple>
+#include <vector>
 
-#include "ops.h"
-
-// torch's CPU build lacks this symbol. Declared weak, it does not stop the library from loading
-// there: without CUDA tensors in the process, these operators are never reached.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
-                                                                                   void**);
+#include "arguments.h"
+#include "arrivals.h"
 
 // What was built, read by `build_info` in `lorasb_kernels/ops/extension.py`.
 extern "C" __attribute__((visibility("default"))) const char* lorasb_build_info() {
@@ -29,201 +19,116 @@ extern "C" __attribute__((visibility("default"))) const char* lorasb_build_info(
 
 namespace {
 
+using lorasb::Arguments;
+using lorasb::Arrivals;
+using lorasb::Rows;
+using lorasb::check_launch;
+using lorasb::chunked_rows_of;
+using lorasb::contiguous_along;
+using lorasb::contiguous_rows_of;
+using lorasb::current_stream;
+using lorasb::shape_of;
+using lorasb::workspace_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t MAX_RANK = 512;
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
-  out << ']';
-  return out.str();
-}
-
-// Checks of one operation's arguments; the messages name the operation and the argument.
-class Arguments {
- public:
-  Arguments(const char* op, const Tensor& first) : op_(op), first_(first) {}
-
-  void matrix(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows,
-              int64_t columns) const {
-    check(name, tensor, dtype);
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
-                    op_, ": ", name, " has shape ", shape_of(tensor), "; expected [", rows, ", ",
-                    columns, "]");
-  }
-
-  void vector(const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) const {
-    check(name, tensor, dtype);
-    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op_, ": ", name, " has shape ",
-                    shape_of(tensor), "; expected [", size, "]");
-    STD_TORCH_CHECK(size < 2 || tensor.stride(0) == 1, op_, ": ", name, " has stride ",
-                    tensor.stride(0), "; expected it contiguous");
-  }
-
-  // The element type of the matrix whose type all others must have.
-  lorasb::DType matrix_dtype(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.dim() == 2, op_, ": ", name, " has shape ", shape_of(tensor),
-                    "; expected two dimensions");
-    switch (tensor.scalar_type()) {
-      case ScalarType::Half: return lorasb::DType::fp16;
-      case ScalarType::BFloat16: return lorasb::DType::bf16;
-      case ScalarType::Float: return lorasb::DType::fp32;
-      default: break;
-    }
-    STD_TORCH_CHECK(false, op_, ": ", name, " has dtype ", toString(tensor.scalar_type()),
-                    "; expected Half, BFloat16 or Float");
-  }
-
-  // The rank, taken from the fp32 core [r, r].
-  int64_t rank(const char* name, const Tensor& core) const {
-    STD_TORCH_CHECK(core.dim() == 2 && 1 <= core.size(0) && core.size(0) <= MAX_RANK, op_, ": ",
-                    name, " has shape ", shape_of(core), "; expected [r, r] with 1 <= r <= ",
-                    MAX_RANK);
-    matrix(name, core, ScalarType::Float, core.size(0), core.size(0));
-    return core.size(0);
-  }
-
-  lorasb::Dropout dropout(double p, const std::optional<Tensor>& seed) const {
-    STD_TORCH_CHECK(0 <= p && p < 1, op_, ": dropout is ", p, "; expected 0 <= dropout < 1");
-    if (p == 0) return {nullptr, 0, 1.f};
-    STD_TORCH_CHECK(seed.has_value(), op_, ": seed is None; expected int64 [1] as dropout is ",
-                    p);
-    vector("seed", *seed, ScalarType::Long, 1);
-    const double threshold = std::fmin(std::nearbyint(p * 4294967296.0), 4294967295.0);
-    return {static_cast<const int64_t*>(seed->const_data_ptr()),
-            static_cast<uint32_t>(threshold), static_cast<float>(1 / (1 - p))};
-  }
-
- private:
-  void check(const char* name, const Tensor& tensor, ScalarType dtype) const {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == first_.get_device_index(),
-                    op_, ": ", name, " is not on the CUDA device of the first argument");
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op_, ": ", name, " has dtype ",
-                    toString(tensor.scalar_type()), "; expected ", toString(dtype));
-  }
-
-  const char* op_;
-  const Tensor& first_;
-};
-
-// `tensor`, or its transpose, as rows of contiguous elements; the caller has checked that.
-lorasb::Matrix matrix_of(const Tensor& tensor, bool transposed = false) {
-  const int row = transposed ? 1 : 0, column = 1 - row;
-  STD_TORCH_CHECK(tensor.size(0) < INT32_MAX && tensor.size(1) < INT32_MAX,
-                  "lorasb: a tensor has shape ", shape_of(tensor),
-                  "; expected each dimension below 2^31");
-  lorasb::Matrix matrix{};
-  matrix.data = tensor.const_data_ptr();
-  matrix.rows = static_cast<int32_t>(tensor.size(row));
-  matrix.columns = static_cast<int32_t>(tensor.size(column));
-  matrix.stride = tensor.stride(row);
-  const uint64_t pitch = matrix.rows > 1 ? matrix.stride * tensor.element_size() : 0;
-  matrix.copy_bytes = lorasb::copy_bytes(reinterpret_cast<uintptr_t>(matrix.data) | pitch);
-  return matrix;
-}
-
-bool contiguous_along(const Tensor& tensor, int dim) {
-  return tensor.stride(dim) == 1 || tensor.size(dim) == 1;
-}
-
-// The tensor itself, or a copy when its last dimension is not contiguous.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return contiguous_along(tensor, 1) ? tensor : torch::stable::contiguous(tensor);
-}
-
-// The tensor itself, or a copy when its first dimension is not contiguous.
-Tensor with_contiguous_columns(const Tensor& tensor) {
-  using torch::stable::transpose;
-  if (contiguous_along(tensor, 0)) return tensor;
-  return transpose(torch::stable::contiguous(transpose(tensor, 0, 1)), 0, 1);
-}
-
-// A copy with rows at multiples of 16 bytes.
-Tensor with_aligned_rows(const Tensor& tensor) {
-  const int64_t unit = 16 / tensor.element_size(), columns = tensor.size(1);
-  const int64_t padding[] = {0, (unit - columns % unit) % unit};
-  Tensor padded = torch::stable::pad(tensor, padding);
-  return torch::stable::narrow(padded, 1, 0, columns);
-}
-
-Tensor workspace_of(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "lorasb: this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const lorasb::Launch& launch, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(launch.error == cudaSuccess, "CUDA kernel ", launch.kernel,
-                  " failed to launch: ", cudaGetErrorString(launch.error), " (grid ",
-                  launch.grid.x, "×", launch.grid.y, "×", launch.grid.z, ", ",
-                  launch.shared_bytes, " bytes of shared memory, operands ", shape_of(a), " and ",
-                  shape_of(b), ")");
-}
-
 using torch::stable::new_empty;
-using torch::stable::transpose;
 using torch::stable::accelerator::DeviceGuard;
+
+// shrink of the layers that read `x`: [layers, M, r], without the first dimension if there is no
+// `group`.
+std::tuple<Tensor, Tensor> shrink_layers(const Arguments& arguments, const Tensor& x,
+                                         const std::vector<Tensor>& lora_As,
+                                         const std::vector<Tensor>& lora_Rs, double scaling,
+                                         const lorasb::Dropout& dropout, bool group) {
+  const lorasb::DType dtype = arguments.matrix_dtype("x", x);
+  const int64_t layers = lora_As.size();
+  STD_TORCH_CHECK(layers > 0 && lora_Rs.size() == lora_As.size(), "shrink_group: there are ",
+                  layers, " lora_As and ", lora_Rs.size(), " lora_Rs; expected one per layer");
+  const int64_t M = x.size(0), n = x.size(1), r = arguments.rank("lora_R", lora_Rs[0]);
+  for (const Tensor& lora_R : lora_Rs) arguments.matrix("lora_R", lora_R, ScalarType::Float, r, r);
+  for (const Tensor& lora_A : lora_As) arguments.matrix("lora_A", lora_A, x.scalar_type(), r, n);
+
+  const DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = current_stream(x);
+  const std::vector<int64_t> shape =
+      group ? std::vector<int64_t>{layers, M, r} : std::vector<int64_t>{M, r};
+  Tensor h = new_empty(x, shape), p = new_empty(x, shape);
+  const Rows x_rows = chunked_rows_of(x);
+  const Tensor arrivals = Arrivals::of(x, stream);
+  // LoRA's backward pass projects on Bᵀ, contiguous in the other dimension.
+  const bool transposed =
+      !dropout.seed && std::all_of(lora_As.begin(), lora_As.end(), [](const Tensor& lora_A) {
+        return !contiguous_along(lora_A, 1) && contiguous_along(lora_A, 0);
+      });
+  const auto factor_of = [&](const Tensor& tensor) {
+    return chunked_rows_of(transposed ? torch::stable::transpose(tensor, 0, 1) : tensor);
+  };
+  for (int64_t first = 0; first < layers; first += lorasb::MAX_LAYERS) {
+    lorasb::ShrinkParams params{};
+    params.dtype = dtype;
+    params.x = x_rows.matrix;
+    params.transposed = transposed;
+    params.layers = static_cast<int32_t>(std::min<int64_t>(lorasb::MAX_LAYERS, layers - first));
+    std::vector<Rows> factors;
+    for (int i = 0; i < params.layers; ++i) {
+      factors.push_back(factor_of(lora_As[first + i]));
+      params.lora_A[i] = factors.back().matrix;
+      factors.push_back(factor_of(lora_Rs[first + i]));
+      params.lora_R[i] = factors.back().matrix;
+    }
+    params.scaling = static_cast<float>(scaling);
+    params.dropout = dropout;
+    const int64_t offset = first * M * r * x.element_size();
+    params.h = static_cast<char*>(h.mutable_data_ptr()) + offset;
+    params.p = static_cast<char*>(p.mutable_data_ptr()) + offset;
+    params.arrivals = static_cast<unsigned*>(arrivals.mutable_data_ptr());
+    const Tensor workspace = workspace_of(x, lorasb::shrink_workspace(params));
+    params.workspace = workspace.mutable_data_ptr();
+    check_launch(lorasb::shrink(params, stream), x, lora_As[first]);
+  }
+  return {h, p};
+}
 
 std::tuple<Tensor, Tensor> shrink(const Tensor& x, const Tensor& lora_A, const Tensor& lora_R,
                                   double scaling, double dropout,
                                   const std::optional<Tensor>& seed) {
   const Arguments arguments("shrink", x);
-  const lorasb::DType dtype = arguments.matrix_dtype("x", x);
-  const int64_t M = x.size(0), n = x.size(1), r = arguments.rank("lora_R", lora_R);
-  arguments.matrix("lora_A", lora_A, x.scalar_type(), r, n);
+  return shrink_layers(arguments, x, {lora_A}, {lora_R}, scaling,
+                       arguments.dropout(dropout, seed), false);
+}
 
-  const DeviceGuard guard(x.get_device_index());
-  const Tensor x_rows = with_contiguous_rows(x), a_rows = with_contiguous_rows(lora_A),
-               core = with_contiguous_rows(lora_R);
-  Tensor h = new_empty(x, {M, r}), p = new_empty(x, {M, r});
-  lorasb::ShrinkParams params{};
-  params.dtype = dtype;
-  params.x = matrix_of(x_rows);
-  params.lora_A = matrix_of(a_rows);
-  params.lora_R = matrix_of(core);
-  params.scaling = static_cast<float>(scaling);
-  params.dropout = arguments.dropout(dropout, seed);
-  params.h = h.mutable_data_ptr();
-  params.p = p.mutable_data_ptr();
-  const Tensor workspace = workspace_of(x, lorasb::shrink_workspace(params));
-  params.workspace = workspace.mutable_data_ptr();
-  check_launch(lorasb::shrink(params, current_stream(x)), x, lora_A);
-  return {h, p};
+std::tuple<Tensor, Tensor> shrink_group(const Tensor& x, std::vector<Tensor> lora_As,
+                                        std::vector<Tensor> lora_Rs, double scaling) {
+  const Arguments arguments("shrink_group", x);
+  return shrink_layers(arguments, x, lora_As, lora_Rs, scaling, {nullptr, 0, 1.f}, true);
 }
 
 std::tuple<Tensor, Tensor> core_backward(const Tensor& dy, const Tensor& h, const Tensor& lora_B,
                                          const Tensor& lora_R, double scaling) {
   const Arguments arguments("core_backward", dy);
-  const lorasb::DType dtype = arguments.matrix_dtype("dy", dy);
+  lorasb::CoreBackwardParams params{};
+  params.dtype = arguments.matrix_dtype("dy", dy);
   const int64_t M = dy.size(0), m = dy.size(1), r = arguments.rank("lora_R", lora_R);
   arguments.matrix("h", h, dy.scalar_type(), M, r);
   arguments.matrix("lora_B", lora_B, dy.scalar_type(), m, r);
 
   const DeviceGuard guard(dy.get_device_index());
-  const Tensor dy_rows = with_contiguous_rows(dy), h_rows = with_contiguous_rows(h),
-               b_rows = with_contiguous_rows(lora_B), core = with_contiguous_rows(lora_R);
+  const cudaStream_t stream = current_stream(dy);
+  const Rows dy_rows = chunked_rows_of(dy), h_rows = chunked_rows_of(h),
+             b_rows = chunked_rows_of(lora_B), core = chunked_rows_of(lora_R);
   Tensor q = new_empty(dy, {M, r}), dR = new_empty(lora_R, {r, r});
-  lorasb::CoreBackwardParams params{};
-  params.dtype = dtype;
-  params.dy = matrix_of(dy_rows);
-  params.h = matrix_of(h_rows);
-  params.lora_B = matrix_of(b_rows);
-  params.lora_R = matrix_of(core);
+  params.dy = dy_rows.matrix;
+  params.h = h_rows.matrix;
+  params.lora_B = b_rows.matrix;
+  params.lora_R = core.matrix;
   params.scaling = static_cast<float>(scaling);
   params.q = q.mutable_data_ptr();
   params.dR = static_cast<float*>(dR.mutable_data_ptr());
   const Tensor workspace = workspace_of(dy, lorasb::core_backward_workspace(params));
   params.workspace = workspace.mutable_data_ptr();
-  check_launch(lorasb::core_backward(params, current_stream(dy)), dy, lora_B);
+  const Tensor arrivals = Arrivals::of(dy, stream);
+  params.arrivals = static_cast<unsigned*>(arrivals.mutable_data_ptr());
+  check_launch(lorasb::core_backward(params, stream), dy, lora_B);
   return {q, dR};
 }
 
@@ -231,7 +136,8 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
               const std::optional<Tensor>& bias, double dropout,
               const std::optional<Tensor>& seed) {
   const Arguments arguments("expand", x);
-  const lorasb::DType dtype = arguments.matrix_dtype("x", x);
+  lorasb::ExpandParams params{};
+  params.dtype = arguments.matrix_dtype("x", x);
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(weight.dim() == 2 && p.dim() == 2, "expand: weight has shape ",
                   shape_of(weight), " and p has shape ", shape_of(p),
@@ -246,26 +152,19 @@ Tensor expand(const Tensor& x, const Tensor& weight, const Tensor& p, const Tens
   // The kernel needs weight and factor contiguous in the same dimension. The weight decides which;
   // the factor, which is small, is copied if it differs.
   const bool transposed = !contiguous_along(weight, 1) && contiguous_along(weight, 0);
-  const Tensor x_rows = with_contiguous_rows(x);
-  const Tensor w = transposed ? weight : with_contiguous_rows(weight);
-  Tensor p_rows = with_contiguous_rows(p);
-  Tensor f = transposed ? with_contiguous_columns(factor) : with_contiguous_rows(factor);
+  const auto operand_of = [&](const Tensor& tensor) {
+    return chunked_rows_of(transposed ? torch::stable::transpose(tensor, 0, 1) : tensor);
+  };
+  const Rows x_rows = chunked_rows_of(x), p_rows = chunked_rows_of(p),
+             weight_rows = operand_of(weight), factor_rows = operand_of(factor);
   Tensor y = new_empty(x, {M, N});
-  lorasb::ExpandParams params{};
-  params.dtype = dtype;
-  params.x = matrix_of(x_rows);
-  params.weight = {matrix_of(w, transposed), transposed};
-  params.p = matrix_of(p_rows);
-  params.factor = {matrix_of(f, transposed), transposed};
+  params.x = x_rows.matrix;
+  params.weight = {weight_rows.matrix, transposed};
+  params.p = p_rows.matrix;
+  params.factor = {factor_rows.matrix, transposed};
   params.bias = bias ? bias->const_data_ptr() : nullptr;
   params.dropout = arguments.dropout(dropout, seed);
   params.y = y.mutable_data_ptr();
-  if (lorasb::expand_wants_aligned_rank(params)) {
-    p_rows = with_aligned_rows(p_rows);
-    f = transposed ? transpose(with_aligned_rows(transpose(f, 0, 1)), 0, 1) : with_aligned_rows(f);
-    params.p = matrix_of(p_rows);
-    params.factor = {matrix_of(f, transposed), transposed};
-  }
   check_launch(lorasb::expand(params, current_stream(x)), x, weight);
   return y;
 }
@@ -283,9 +182,9 @@ void weight_gradient(const char* op, const Tensor& grad_output, const Tensor& x,
   if (row_weight) arguments.vector("row_weight", *row_weight, ScalarType::Float, x.size(0));
 
   const DeviceGuard guard(x.get_device_index());
-  const Tensor dy_rows = with_contiguous_rows(grad_output), x_rows = with_contiguous_rows(x);
-  params.grad_output = matrix_of(dy_rows);
-  params.x = matrix_of(x_rows);
+  const Rows dy_rows = chunked_rows_of(grad_output), x_rows = chunked_rows_of(x);
+  params.grad_output = dy_rows.matrix;
+  params.x = x_rows.matrix;
   if (row_weight) params.row_weight = static_cast<const float*>(row_weight->const_data_ptr());
   output(arguments, params);
   check_launch(lorasb::sign_gradient(params, current_stream(x)), grad_output, x);
@@ -331,10 +230,10 @@ std::tuple<Tensor, Tensor> pack_signs(const Tensor& acc) {
                   "; expected [m, n]");
   arguments.matrix("acc", acc, ScalarType::Float, acc.size(0), acc.size(1));
   const DeviceGuard guard(acc.get_device_index());
-  const Tensor rows = with_contiguous_rows(acc);
+  const Rows rows = contiguous_rows_of(acc);
   const auto planes = new_planes(acc, acc.size(0), acc.size(1));
   lorasb::PackSignsParams params{};
-  params.acc = matrix_of(rows);
+  params.acc = rows.matrix;
   params.positive = words_in(std::get<0>(planes));
   params.negative = words_in(std::get<1>(planes));
   check_launch(lorasb::pack_signs(params, current_stream(acc)), acc, std::get<0>(planes));
@@ -354,12 +253,13 @@ Tensor sign_matmul(const Tensor& positive, const Tensor& negative, const Tensor&
 
   const DeviceGuard guard(dense.get_device_index());
   const Tensor above = torch::stable::contiguous(positive),
-               below = torch::stable::contiguous(negative), rows = with_contiguous_rows(dense);
+               below = torch::stable::contiguous(negative);
+  const Rows rows = chunked_rows_of(dense);
   Tensor out = new_empty(dense, {transpose ? n : m, q});
   lorasb::SignMatmulParams params{};
   params.positive = static_cast<const uint32_t*>(above.const_data_ptr());
   params.negative = static_cast<const uint32_t*>(below.const_data_ptr());
-  params.dense = matrix_of(rows);
+  params.dense = rows.matrix;
   params.m = static_cast<int32_t>(m);
   params.n = static_cast<int32_t>(n);
   params.transpose = transpose;
@@ -372,6 +272,7 @@ Tensor sign_matmul(const Tensor& positive, const Tensor& negative, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(lorasb, CUDA, m) {
   m.impl("shrink_cuda", TORCH_BOX(&shrink));
+  m.impl("shrink_group_cuda", TORCH_BOX(&shrink_group));
   m.impl("core_backward_cuda", TORCH_BOX(&core_backward));
   m.impl("expand_cuda", TORCH_BOX(&expand));
   m.impl("sign_accumulate_cuda", TORCH_BOX(&sign_accumulate));

@@ -1,13 +1,16 @@
 // y = x Wᵀ + drop(p Bᵀ) + bias: one product whose contraction runs over the rank, then over K.
 //
 // The second term comes first, so that dropout can be applied to it while nothing else is in the
-// accumulators. Reads x, W, p, B, writes y once; 2·M·N·(K + r) flops.
+// accumulators. Reads x, W, p, B, writes y once; 2·M·N·(K + r) flops. With K = 0 it is the second
+// term alone, and y is only written.
 //
 // A plain mma.sync product, which cannot reach the rate of wgmma. On Hopper hopper/expand_sm90.cu
-// replaces it where the operands allow.
+// replaces it where the operands allow; `ops/expand.py` says where the frozen product is left to
+// cuBLAS.
 #include "common/dropout.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
+#include "common/stores.cuh"
 #include "hopper/expand.h"
 
 namespace lorasb {
@@ -30,13 +33,15 @@ struct ExpandTraits {
 
   using X = Tile<T, BLOCK_M, BLOCK_K, true>;
   using Weight = Tile<T, BLOCK_N, BLOCK_K, !TRANSPOSED>;
+  using Result = ResultTile<T, BLOCK_M, BLOCK_N>;
   static constexpr int STAGE_BYTES = X::BYTES + Weight::BYTES;
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
+  static_assert(Result::BYTES <= SHARED_BYTES);
 };
 
 // FFMA keeps more operands in registers than mma.sync, hence a smaller tile in fp32.
 template <typename T, bool TRANSPOSED>
-using LargeTile = std::conditional_t<sizeof(T) == 2, ExpandTraits<T, TRANSPOSED, 128, 128, 2, 4, 3>,
+using LargeTile = std::conditional_t<sizeof(T) == 2, ExpandTraits<T, TRANSPOSED, 128, 128, 2, 2, 3>,
                                      ExpandTraits<T, TRANSPOSED, 128, 64, 4, 2, 3>>;
 template <typename T, bool TRANSPOSED>
 using SmallTile = ExpandTraits<T, TRANSPOSED, 32, 64, 1, 4, 4>;
@@ -70,13 +75,14 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::MIN_BLOCKS)
   const int warp_m = warp / Traits::WARPS_N * 16 * Traits::MI;
   const int warp_n = warp % Traits::WARPS_N * 8 * Traits::NI;
   float acc[Traits::MI][Traits::NI][4] = {};
-  // Calls function(row, column, low, high) for each pair of neighbours in the accumulators.
+  // Calls function(row, column, low, high) for each pair of neighbours in the accumulators;
+  // row and column count from the corner of the tile.
   const auto for_each_pair = [&](auto function) {
 #pragma unroll
     for (int i = 0; i < 2 * Traits::MI; ++i)
 #pragma unroll
       for (int j = 0; j < Traits::NI; ++j)
-        function(m0 + warp_m + 8 * i + lane_group(), n0 + warp_n + 8 * j + lane_pair(),
+        function(warp_m + 8 * i + lane_group(), warp_n + 8 * j + lane_pair(),
                  acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]);
   };
 
@@ -84,51 +90,61 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::MIN_BLOCKS)
     return reinterpret_cast<T*>(shared + stage * Traits::STAGE_BYTES);
   };
   const auto multiply = [&](const Matrix& left, const Matrix& right) {
+    TileLoader<X, THREADS> x_loader(left, m0, 0);
+    TileLoader<Weight, THREADS> weight_loader(right, n0, 0);
     pipeline<Traits::STAGES>(
         ceil_div(left.columns, BLOCK_K),
-        [&](int step, int stage) {
-          const int k = step * BLOCK_K;
-          load_tile<X, THREADS>(stage_x(stage), left, m0, k);
-          load_tile<Weight, THREADS>(stage_x(stage) + X::SIZE, right, Traits::TRANSPOSED ? k : n0,
-                                     Traits::TRANSPOSED ? n0 : k);
+        [&](int stage) {
+          x_loader.next(stage_x(stage));
+          weight_loader.next(stage_x(stage) + X::SIZE);
         },
         [&](int, int stage) {
           warp_multiply<X, Weight>(acc, stage_x(stage), stage_x(stage) + X::SIZE, warp_m, warp_n);
         });
   };
-  multiply(params.p, params.factor.matrix);
+  // The mask first, as one bit for each accumulator: next to these its computation would spill.
+  constexpr int ELEMENTS = 4 * Traits::MI * Traits::NI, WORDS = ceil_div(ELEMENTS, 32);
+  uint32_t kept[WORDS] = {};
   if (params.dropout.seed) {
     const int64_t seed = *params.dropout.seed;
-    for_each_pair([&](int row, int column, float& low, float& high) {
-      const uint64_t counter = static_cast<uint64_t>(row) * N + column;
-      const uint32_t threshold = params.dropout.threshold;
-      low = random_bits(counter, seed) < threshold ? 0.f : low * params.dropout.scale;
-      high = random_bits(counter + 1, seed) < threshold ? 0.f : high * params.dropout.scale;
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word)
+#pragma unroll 1
+      for (int bit = 0; bit < min(32, ELEMENTS); bit += 2) {
+        const int pair = 16 * word + bit / 2;
+        const uint64_t row = m0 + warp_m + pair / Traits::NI * 8 + lane_group();
+        const int column = n0 + warp_n + pair % Traits::NI * 8 + lane_pair();
+        const uint64_t counter = row * N + column;
+        const uint32_t threshold = params.dropout.threshold;
+        kept[word] |= static_cast<uint32_t>(random_bits(counter, seed) >= threshold) << bit |
+                      static_cast<uint32_t>(random_bits(counter + 1, seed) >= threshold)
+                          << (bit + 1);
+      }
+  }
+  multiply(params.p, params.factor.matrix);
+  if (params.dropout.seed) {
+    int element = 0;
+    for_each_pair([&](int, int, float& low, float& high) {
+      const uint32_t bits = kept[element / 32] >> element % 32;
+      low = bits & 1 ? low * params.dropout.scale : 0.f;
+      high = bits & 2 ? high * params.dropout.scale : 0.f;
+      element += 2;
     });
   }
   multiply(params.x, params.weight.matrix);
 
-  T* y = static_cast<T*>(params.y);
+  T* result = reinterpret_cast<T*>(shared);
   const T* bias = static_cast<const T*>(params.bias);
-  const bool pairs = N % 2 == 0;
   for_each_pair([&](int row, int column, float low, float high) {
-    if (row >= M || column >= N) return;
-    const bool both = column + 1 < N;
     if (bias) {
-      low += to_float(bias[column]);
-      if (both) high += to_float(bias[column + 1]);
+      low += to_float(bias[min(n0 + column, N - 1)]);
+      high += to_float(bias[min(n0 + column + 1, N - 1)]);
     }
-    T* out = y + static_cast<int64_t>(row) * N + column;
-    if (pairs) {
-      struct alignas(2 * sizeof(T)) Pair {
-        T low, high;
-      };
-      *reinterpret_cast<Pair*>(out) = Pair{from_float<T>(low), from_float<T>(high)};
-    } else {
-      out[0] = from_float<T>(low);
-      if (both) out[1] = from_float<T>(high);
-    }
+    Traits::Result::put(result, row, column, low, high);
   });
+  __syncthreads();
+  T* y = static_cast<T*>(params.y) + static_cast<int64_t>(m0) * N + n0;
+  Traits::Result::template store<THREADS>(result, y, N, M - m0, N - n0);
 }
 
 template <class Traits>
@@ -164,12 +180,6 @@ Launch expand(const ExpandParams& params, cudaStream_t stream) {
     return params.weight.transposed ? expand_layout<T, true>(params, stream)
                                     : expand_layout<T, false>(params, stream);
   });
-}
-
-bool expand_wants_aligned_rank(const ExpandParams& params) {
-  ExpandParams aligned = params;
-  aligned.p.copy_bytes = aligned.factor.matrix.copy_bytes = 16;
-  return hopper::takes_expand(aligned) && !hopper::takes_expand(params);
 }
 
 }  // namespace lorasb

@@ -16,18 +16,13 @@ enum class DType : int32_t { fp16, bf16, fp32 };
 
 inline int element_size(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 
-// A row-major matrix: its last dimension is contiguous.
+// A row-major matrix. A kernel that copies it asynchronously needs rows of whole 16-byte chunks:
+// their addresses, and the number of columns up to the padding, are multiples of 16 bytes.
 struct Matrix {
   const void* data;
   int64_t stride;      // elements from one row to the next
   int32_t rows, columns;
-  int32_t copy_bytes;  // by `copy_bytes`, for all rows
 };
-
-// The widest copy for addresses that are multiples of `alignment` bytes: 16, 4, or an element.
-inline int32_t copy_bytes(uint64_t alignment) {
-  return alignment % 16 == 0 ? 16 : alignment % 4 == 0 ? 4 : 2;
-}
 
 // An operand [rows, columns] of which either dimension is contiguous. A matrix whose first
 // dimension is contiguous is kept as its transpose.
@@ -50,17 +45,23 @@ struct Launch {
   size_t shared_bytes = 0;
 };
 
-// h = drop(x) Aᵀ, p = s · h Rᵀ.
+constexpr int MAX_LAYERS = 3;  // of one launch; the largest sets of siblings are q, k and v
+constexpr int MAX_ARRIVALS = 1024;  // row tiles whose contraction is split, of all layers
+
+// h = drop(x) Aᵀ, p = s · h Rᵀ, for one layer or several that read the same x (without dropout).
 struct ShrinkParams {
   DType dtype;
-  Matrix x;         // [M, n]
-  Matrix lora_A;    // [r, n]
-  Matrix lora_R;    // [r, r] fp32
+  Matrix x;                   // [M, n]
+  int32_t layers;
+  bool transposed;            // of lora_A and lora_R: [n, r], and R transposed; without dropout
+  Matrix lora_A[MAX_LAYERS];  // [r, n]
+  Matrix lora_R[MAX_LAYERS];  // [r, r] fp32
   float scaling;
   Dropout dropout;
-  void* h;          // [M, r] contiguous
-  void* p;          // [M, r] contiguous
+  void* h;                    // [layers, M, r] contiguous
+  void* p;                    // [layers, M, r] contiguous
   void* workspace;
+  unsigned* arrivals;         // [MAX_ARRIVALS], zero before and after; of this stream alone
 };
 size_t shrink_workspace(const ShrinkParams& params);
 Launch shrink(const ShrinkParams& params, cudaStream_t stream);
@@ -76,6 +77,7 @@ struct CoreBackwardParams {
   void* q;          // [M, r] contiguous
   float* dR;        // [r, r] contiguous
   void* workspace;
+  unsigned* arrivals;  // as of ShrinkParams
 };
 size_t core_backward_workspace(const CoreBackwardParams& params);
 Launch core_backward(const CoreBackwardParams& params, cudaStream_t stream);
@@ -92,10 +94,6 @@ struct ExpandParams {
   void* y;          // [M, N] contiguous
 };
 Launch expand(const ExpandParams& params, cudaStream_t stream);
-
-// Whether copies of p and factor with rows at multiples of 16 bytes would let `expand` take its
-// kernel for Hopper.
-bool expand_wants_aligned_rank(const ExpandParams& params);
 
 // G = (w ⊙ dy)ᵀ x, either added to `acc` or reduced to its signs.
 struct SignGradientParams {

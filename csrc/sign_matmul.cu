@@ -70,14 +70,16 @@ __global__ void __launch_bounds__(Traits::THREADS)
   const auto stage_planes = [&](int stage) {
     return reinterpret_cast<uint32_t*>(stage_dense(stage) + Dense::SIZE);
   };
+  TileLoader<Dense, Traits::THREADS> dense_loader(params.dense, n0, 0);
+  int next_step = 0;
   pipeline<Traits::STAGES>(
       ceil_div(params.dense.rows, Traits::BLOCK_K),
-      [&](int step, int stage) {
-        const int k = step * Traits::BLOCK_K;
-        load_tile<Dense, Traits::THREADS>(stage_dense(stage), params.dense, k, n0);
+      [&](int stage) {
+        dense_loader.next(stage_dense(stage));
         const int i = threadIdx.x % WORDS;
-        const int row = TRANSPOSE ? k + i / 2 : m0 + i;
-        const int word = TRANSPOSE ? m0 / 32 + i % 2 : step;
+        const int row = TRANSPOSE ? next_step * Traits::BLOCK_K + i / 2 : m0 + i;
+        const int word = TRANSPOSE ? m0 / 32 + i % 2 : next_step;
+        ++next_step;
         const uint32_t* plane = threadIdx.x < WORDS ? params.positive : params.negative;
         const bool inside = row < params.m && word < words;
         const int64_t from = inside ? static_cast<int64_t>(row) * words + word : 0;

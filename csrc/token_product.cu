@@ -168,17 +168,20 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::MIN_BLOCKS)
   const auto stage_weight = [&](int stage) {
     return reinterpret_cast<float*>(stage_a(stage) + 2 * Operand::SIZE);
   };
+  int next_token = first_step * BLOCK_K;
+  TileLoader<Operand, THREADS> a_loader(params.a, m0, next_token);
+  TileLoader<Operand, THREADS> b_loader(params.b, n0, next_token);
   pipeline<Traits::STAGES>(
       own_steps,
-      [&](int step, int stage) {
-        const int token = (first_step + step) * BLOCK_K;
-        load_tile<Operand, THREADS>(stage_a(stage), params.a, token, m0);
-        load_tile<Operand, THREADS>(stage_a(stage) + Operand::SIZE, params.b, token, n0);
+      [&](int stage) {
+        a_loader.next(stage_a(stage));
+        b_loader.next(stage_a(stage) + Operand::SIZE);
         if (Traits::WEIGHTED && threadIdx.x < BLOCK_K) {
-          const int row = token + threadIdx.x;
+          const int row = next_token + threadIdx.x;
           cp_async<4>(stage_weight(stage) + threadIdx.x,
                       params.weight + (row < tokens ? row : 0), row < tokens ? 4 : 0);
         }
+        next_token += BLOCK_K;
       },
       [&](int, int stage) {
         if (!inside) return;
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::MIN_BLOCKS)
           warp_multiply<Operand, Operand>(acc, a, b, warp_m, warp_n);
         } else if constexpr (std::is_same_v<T, float>) {
           const float* weight = stage_weight(stage);
-          warp_multiply<Operand, Operand>(acc, a, b, warp_m, warp_n, Traits::NI, 0,
+          warp_multiply<Operand, Operand>(acc, a, b, warp_m, warp_n,
                                           [&](auto& fragment, int, int k) {
 #pragma unroll
                                             for (int i = 0; i < 8; ++i)
@@ -207,6 +210,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::MIN_BLOCKS)
 template <class Traits>
 Launch launch_token_product(const TokenProductParams& params, int slices, const char* name,
                             cudaStream_t stream) {
+  if (params.a.columns == 0 || params.b.columns == 0) return {};
   const dim3 grid(ceil_div(params.b.columns, Traits::BLOCK),
                   ceil_div(params.a.columns, Traits::BLOCK), slices);
   return launch(token_product_kernel<Traits>, name, grid, Traits::THREADS, Traits::SHARED_BYTES,
@@ -219,7 +223,8 @@ int token_slices(DType dtype, int64_t tokens, int64_t m, int64_t n) {
   return dispatch(dtype, [&](auto type) {
     using Traits = TokenProductTraits<typename decltype(type)::type, false>;
     const int64_t tiles = ceil_div<int64_t>(m, Traits::BLOCK) * ceil_div<int64_t>(n, Traits::BLOCK);
-    const int64_t wanted = multiprocessors() / tiles;
+    if (tiles == 0) return 1;
+    const int64_t wanted = multiprocessors() * Traits::MIN_BLOCKS / tiles;
     const int64_t most = tokens / (4 * Traits::BLOCK_K);
     const int64_t slices = wanted < most ? wanted : most;
     return slices < 1 ? 1 : static_cast<int>(slices);

@@ -40,9 +40,9 @@ BACKENDS = ("reference", "triton", "extension")  # in ops; `extension` loads the
 NOT_INSTALLED = ("bench", "csrc", "docs", "examples", "setup", "tests", "tools")
 
 # `factor_gradient` runs the kernel of `sign_accumulate`, a mode of that of `sign_gradient`;
-# `shrink_group` that of `shrink` layer by layer.
-CUDA_TWIN = {"factor_gradient": "sign_accumulate", "shrink_group": "shrink"}
-CUDA_FILE = {"sign_accumulate": "sign_gradient"}
+# `shrink_group` is `shrink` of several layers.
+CUDA_TWIN = {"factor_gradient": "sign_accumulate"}
+CUDA_FILE = {"sign_accumulate": "sign_gradient", "shrink_group": "shrink"}
 
 
 def sources() -> dict[str, str]:

@@ -44,6 +44,24 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint3
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ inline float to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+// Adds the product of 16×8 and 8×8 elements in tf32. The contraction takes its indices in the
+// order 0, 2, 4, 6, 1, 3, 5, 7: then a thread's elements of A are those it holds of an accumulator,
+// a = {c[0], c[2], c[1], c[3]}, and those of B are at neighbouring indices, 2t and 2t + 1.
+__device__ inline void mma_m16n8k8(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])),
+                 "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+                 "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
 // Fragments of one step of K contraction indices: A covers 16 rows, B two tiles of 8 columns.
 template <typename T>
 struct Fragments {
@@ -116,13 +134,17 @@ struct Fragments<float> {
       load<Tile>(b[i / 2][i % 2], tile, n + i / 2 * 8 + lane_pair() + i % 2, k);
   }
 
+  __device__ static void multiply(float (&c)[4], const A& a, const B& b, int half) {
+    multiply(c, a, b[half]);
+  }
+
   // The four products are summed before they are added to the accumulator, which is then rounded a
   // quarter as often.
-  __device__ static void multiply(float (&c)[4], const A& a, const B& b, int half) {
+  __device__ static void multiply(float (&c)[4], const A& a, const float (&b)[2][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float(&u)[4] = a[i / 2];
-      const float(&v)[4] = b[half][i % 2];
+      const float(&v)[4] = b[i % 2];
       c[i] += fmaf(u[3], v[3], fmaf(u[2], v[2], fmaf(u[1], v[1], u[0] * v[0])));
     }
   }
@@ -141,14 +163,11 @@ struct Unchanged {
 };
 
 // Adds the product of rows m… of tile A and columns n… of tile B to the warp's accumulators of
-// MI×NI tiles of 16×8. Only the first `tiles` of the NI column tiles are computed, so a rank below
-// the size of the tile costs only that rank, rounded up to 8.
-// Tile A may be longer in K than B: `ka` is the index in A of B's first index.
-// `prepare(a, i, k)` may change the fragment of row tile i at contraction index k.
+// MI×NI tiles of 16×8. `prepare(a, i, k)` may change the fragment of row tile i at index k.
 template <class TileA, class TileB, int MI, int NI, class Prepare = Unchanged>
 __device__ inline void warp_multiply(float (&acc)[MI][NI][4], const typename TileA::T* a,
-                                     const typename TileB::T* b, int m, int n, int tiles = NI,
-                                     int ka = 0, Prepare prepare = {}) {
+                                     const typename TileB::T* b, int m, int n,
+                                     Prepare prepare = {}) {
   using F = Fragments<typename TileA::T>;
   static_assert(NI % 2 == 0 && TileB::K % F::K == 0);
 #pragma unroll
@@ -156,20 +175,17 @@ __device__ inline void warp_multiply(float (&acc)[MI][NI][4], const typename Til
     typename F::A fa[MI];
 #pragma unroll
     for (int i = 0; i < MI; ++i) {
-      F::template load_a<TileA>(fa[i], a, m + 16 * i, ka + k);
+      F::template load_a<TileA>(fa[i], a, m + 16 * i, k);
       prepare(fa[i], i, k);
     }
 #pragma unroll
     for (int j = 0; j < NI; j += 2) {
-      if (j >= tiles) break;
       typename F::B fb;
       F::template load_b<TileB>(fb, b, n + 8 * j, k);
 #pragma unroll
-      for (int i = 0; i < MI; ++i) F::multiply(acc[i][j], fa[i], fb, 0);
-      if (j + 1 < tiles) {
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int i = 0; i < MI; ++i) F::multiply(acc[i][j + 1], fa[i], fb, 1);
-      }
+        for (int i = 0; i < MI; ++i) F::multiply(acc[i][j + half], fa[i], fb, half);
     }
   }
 }

@@ -24,7 +24,8 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Runs `load(step, stage)` STAGES - 1 steps ahead of `compute(step, stage)`.
+// Runs `load(stage)`, which loads one step after the other, STAGES - 1 steps ahead of
+// `compute(step, stage)`.
 //
 // One barrier per step does two things: it makes the tile that just arrived visible to all warps,
 // and it waits until every warp has read the stage that the next load overwrites. On return shared
@@ -33,15 +34,14 @@ template <int STAGES, class Load, class Compute>
 __device__ inline void pipeline(int steps, Load load, Compute compute) {
   static_assert(STAGES >= 2);
   for (int step = 0; step < STAGES - 1; ++step) {
-    if (step < steps) load(step, step);
+    if (step < steps) load(step);
     cp_async_commit();
   }
   int stage = 0;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<STAGES - 2>();
     __syncthreads();
-    const int ahead = step + STAGES - 1;
-    if (ahead < steps) load(ahead, stage == 0 ? STAGES - 1 : stage - 1);
+    if (step + STAGES - 1 < steps) load(stage == 0 ? STAGES - 1 : stage - 1);
     cp_async_commit();
     compute(step, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;

@@ -1,9 +1,12 @@
-// Operand tiles in shared memory.
+// Operand tiles in shared memory, and the copies that fill them.
 #pragma once
 
 #include "pipeline.cuh"
 
 namespace lorasb {
+
+// The largest power of two that divides `value`, at most 8.
+__host__ __device__ constexpr int power_of_two_in(int value) { return value % 8 == 0 ? 8 : value & -value; }
 
 // A tile of an operand with OUTER indices and K contraction indices, laid out as in global
 // memory: rows along K when K is the contiguous dimension, along OUTER otherwise.
@@ -25,10 +28,10 @@ struct Tile {
   static constexpr int CHUNKS = COLUMNS / CHUNK;
   static constexpr int SIZE = ROWS * COLUMNS;
   static constexpr int BYTES = SIZE * sizeof(T);
-  static_assert(COLUMNS % CHUNK == 0 && (CHUNKS & (CHUNKS - 1)) == 0);
+  static_assert(COLUMNS % CHUNK == 0);
 
   __device__ static int offset(int row, int column) {
-    constexpr int SPAN = !PERMUTED ? 1 : CHUNKS < 8 ? CHUNKS : 8;
+    constexpr int SPAN = PERMUTED ? power_of_two_in(CHUNKS) : 1;  // chunks that change places
     const int chunk = (column / CHUNK) ^ (row / (8 / SPAN) % SPAN);
     return (row * CHUNKS + chunk) * CHUNK + column % CHUNK;
   }
@@ -39,55 +42,84 @@ struct Tile {
   }
 };
 
-// Starts the copy of the tile at (row0, column0) of `source`; outside of the matrix is zero.
+// Copies the tiles of an operand, one after the other along the contraction.
 //
-// The tile's rows from `rows` on and its chunks from `columns` on are left unchanged. A
-// matrix whose rows are not 16-byte aligned is copied in 4-byte pieces, and one of odd 16-bit
-// rows an element at a time, without cp.async.
+// Past the end of the contraction a tile is zero. Past the last outer index it repeats that index
+// (or its chunk of 16 bytes): such rows and columns of a product are computed and never stored, so
+// the copies of a whole step need no predicates.
 template <class Tile, int THREADS>
-__device__ inline void load_tile(typename Tile::T* tile, const Matrix& source, int row0,
-                                 int column0, int rows = Tile::ROWS,
-                                 int columns = Tile::COLUMNS) {
+class TileLoader {
   using T = typename Tile::T;
-  // A thread copies the same chunk of every ROW_STEP-th row.
-  constexpr int ROW_STEP = THREADS / Tile::CHUNKS;
-  static_assert(THREADS % Tile::CHUNKS == 0);
-  const int first = threadIdx.x / Tile::CHUNKS;
-  const int column = threadIdx.x % Tile::CHUNKS * Tile::CHUNK;
-  if (column >= columns) return;
-  const int in_row = min(max(source.columns - column0 - column, 0), Tile::CHUNK);
-  const T* data = static_cast<const T*>(source.data);
-  const T* chunk = data + static_cast<int64_t>(row0 + first) * source.stride + column0 + column;
+  static constexpr int CHUNKS = Tile::ROWS * Tile::CHUNKS;
+  static constexpr int COPIES = ceil_div(CHUNKS, THREADS);  // of each thread
 
-  // Calls copy(to, from, valid) for the next chunk, of which `valid` elements are in the matrix.
-  const auto copy_next = [&](int row, auto copy) {
-    const int valid = row0 + row < source.rows ? in_row : 0;
-    if (row < rows) copy(tile + Tile::offset(row, column), valid ? chunk : data, valid);
-    chunk += ROW_STEP * source.stride;
-  };
-  if (source.copy_bytes == 16) {
+ public:
+  // The first tile is at (outer, k) of an operand whose rows, as those of the tile, run along K
+  // or along the outer dimension.
+  __device__ TileLoader(const Matrix& source, int outer, int k)
+      : left_((Tile::K_CONTIGUOUS ? source.columns : source.rows) - k),
+        advance_(Tile::K_CONTIGUOUS ? Tile::K : Tile::K * source.stride) {
 #pragma unroll
-    for (int i = 0; i < Tile::ROWS; i += ROW_STEP)
-      copy_next(first + i, [](T* to, const T* from, int valid) {
-        cp_async<16>(to, from, valid * sizeof(T));
-      });
-  } else if (source.copy_bytes == 4) {
-#pragma unroll 1
-    for (int i = 0; i < Tile::ROWS; i += ROW_STEP)
-      copy_next(first + i, [](T* to, const T* from, int valid) {
-        constexpr int PIECE = 4 / sizeof(T);
-        for (int j = 0; j < Tile::CHUNK; j += PIECE) {
-          const int inside = min(max(valid - j, 0), PIECE);
-          cp_async<4>(to + j, inside ? from + j : from, inside * sizeof(T));
-        }
-      });
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < Tile::ROWS; i += ROW_STEP)
-      copy_next(first + i, [](T* to, const T* from, int valid) {
-        for (int j = 0; j < Tile::CHUNK; ++j) to[j] = j < valid ? from[j] : from_float<T>(0.f);
-      });
+    for (int i = 0; i < COPIES; ++i) {
+      int row = row_of(i), column = column_of(i);
+      if constexpr (Tile::K_CONTIGUOUS) {
+        row = min(outer + row, source.rows - 1);
+        column += k;
+      } else {
+        row += k;
+        column = min(outer + column, (source.columns - 1) / Tile::CHUNK * Tile::CHUNK);
+      }
+      from_[i] = static_cast<const T*>(source.data) + row * source.stride + column;
+    }
   }
-}
+
+  // Starts the copy of the next tile.
+  __device__ void next(T* tile) {
+    if (left_ >= Tile::K)
+      copy(tile, [](int) { return true; });
+    else
+      copy(tile, [&](int i) { return (Tile::K_CONTIGUOUS ? column_of(i) : row_of(i)) < left_; });
+    left_ -= Tile::K;
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) from_[i] += advance_;
+  }
+
+ private:
+  // Where the thread's i-th chunk is in the tile. With THREADS a multiple of a row's chunks it is
+  // always in the same column.
+  __device__ static int row_of(int i) {
+    if constexpr (THREADS % Tile::CHUNKS == 0)
+      return threadIdx.x / Tile::CHUNKS + i * (THREADS / Tile::CHUNKS);
+    else
+      return (threadIdx.x + i * THREADS) / Tile::CHUNKS;
+  }
+  __device__ static int column_of(int i) {
+    if constexpr (THREADS % Tile::CHUNKS == 0)
+      return threadIdx.x % Tile::CHUNKS * Tile::CHUNK;
+    else
+      return (threadIdx.x + i * THREADS) % Tile::CHUNKS * Tile::CHUNK;
+  }
+
+  __device__ static int offset_of(int i) {
+    constexpr int ROW_STEP = THREADS / Tile::CHUNKS;
+    if constexpr (THREADS % Tile::CHUNKS == 0 && ROW_STEP % 8 == 0)
+      // The permutation of chunks repeats after eight rows, so one address serves all copies.
+      return Tile::offset(row_of(0), column_of(0)) + i * ROW_STEP * Tile::COLUMNS;
+    else
+      return Tile::offset(row_of(i), column_of(i));
+  }
+
+  template <class Inside>
+  __device__ void copy(T* tile, Inside inside) const {
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i)
+      if (CHUNKS % THREADS == 0 || static_cast<int>(threadIdx.x) + i * THREADS < CHUNKS)
+        cp_async<16>(tile + offset_of(i), from_[i], inside(i) ? 16 : 0);
+  }
+
+  const T* from_[COPIES];
+  int left_;  // contraction indices that are not copied yet
+  int64_t advance_;
+};
 
 }  // namespace lorasb

@@ -260,7 +260,7 @@ Launch launch_expand(const ExpandParams& expand, cudaStream_t stream) {
   const Matrix& weight = expand.weight.matrix;
   const int M = expand.x.rows, r = expand.p.columns;
   const int N = Traits::TRANSPOSED ? weight.columns : weight.rows;
-  const Matrix y{expand.y, N, M, N, 16};
+  const Matrix y{expand.y, N, M, N};
 
   Params params{};
   const auto map = [&](CUtensorMap& map, const Matrix& matrix, int rows, int columns) {

@@ -7,12 +7,11 @@
 
 namespace lorasb::hopper {
 
-// Whether a tensor map can describe the matrix: not empty, its rows at multiples of 16 bytes below
-// 2^40 and not overlapping.
+// Whether a tensor map can describe the matrix: not empty, its rows less than 2^40 bytes apart and
+// not overlapping.
 inline bool describable(const Matrix& matrix) {
   const bool rows_apart = matrix.stride >= matrix.columns && matrix.stride < int64_t{1} << 39;
-  return matrix.rows > 0 && matrix.columns > 0 && matrix.copy_bytes == 16 &&
-         (matrix.rows == 1 || rows_apart);
+  return matrix.rows > 0 && matrix.columns > 0 && (matrix.rows == 1 || rows_apart);
 }
 
 // The map of a `describable` matrix, copied in boxes of box_rows × box_columns.

@@ -43,11 +43,14 @@ def _triton_obstacle() -> str | None:
     return None
 
 
+def _index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _gpu_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA device"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    capability = _capability(index)
+    capability = _capability(_index_of(device))
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability} is below {MIN_CAPABILITY}"
     return None
@@ -72,7 +75,8 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         if reason is None and device.type == "cuda":
             extension.obstacle()  # loads it: its kernel for Hopper is one of Triton's routes
         return reason
-    return extension.obstacle() or _gpu_obstacle(device)
+    reason = extension.obstacle() or _gpu_obstacle(device)
+    return reason or extension.device_obstacle(_index_of(device))
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

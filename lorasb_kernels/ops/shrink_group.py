@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 
 from lorasb_kernels.ops.dispatch import BackendOperator
-from lorasb_kernels.ops.shrink import shrink
 
 
 def _fake(x, lora_As, lora_Rs, scaling):
@@ -51,9 +50,6 @@ def shrink_group(
         scaling: s, common to the layers.
         backend: a backend that `resolve_backend` returned.
     """
-    if backend == "cuda":
-        layers = zip(lora_As, lora_Rs, strict=True)
-        return [shrink(x, lora_A, lora_R, scaling, 0.0, None, backend) for lora_A, lora_R in layers]
     h, p = _operator(backend, x, lora_As, lora_Rs, scaling)
     return list(zip(h.unbind(), p.unbind(), strict=True))
 

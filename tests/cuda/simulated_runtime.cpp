@@ -8,7 +8,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
-#include <cstring>
 #include <map>
 #include <string>
 
@@ -28,6 +27,9 @@ RunKernel run_kernel = nullptr;
 EncodeMap encode_map = nullptr;
 int multiprocessors = 2;
 int capability[] = {8, 6};
+unsigned long long capture = 0;  // of the stream; 0 when it is not captured
+int driver_version = CUDART_VERSION;
+cudaError_t kernel_error = cudaSuccess;
 cudaError_t last_error = cudaSuccess;
 
 struct Kernel {
@@ -86,6 +88,13 @@ EXPORT void simulator_set_device(int count, int major, int minor) {
   multiprocessors = count;
   capability[0] = major;
   capability[1] = minor;
+}
+
+EXPORT void simulator_set_capture(unsigned long long id) { capture = id; }
+
+EXPORT void simulator_set_driver(int version, int error_of_kernels) {
+  driver_version = version;
+  kernel_error = static_cast<cudaError_t>(error_of_kernels);
 }
 
 extern "C" {
@@ -179,7 +188,11 @@ cudaError_t cudaGetLastError() {
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "invalid configuration" : "launch failure";
+  switch (error) {
+    case cudaErrorInvalidConfiguration: return "invalid configuration";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available";
+    default: return "launch failure";
+  }
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -205,9 +218,29 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+// As declared, with the options that no caller uses.
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
+                                     const cudaGraphEdgeData**, size_t*) {
+  *status = capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *id = capture;
   return cudaSuccess;
 }
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver_version;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return kernel_error; }
 
 }  // extern "C"

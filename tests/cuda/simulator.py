@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import functools
 import importlib.util
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ import ptxcheck
 from ptxcheck.tensormap import TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "simulator"
-ARCHITECTURE = "8.6"
+ARCHITECTURE = os.environ.get("LORASB_SIMULATED_ARCHITECTURE", "8.6")
+BUILD = ROOT / "build" / f"simulator_{ARCHITECTURE}"
 WRAPPED = (
     "torch_get_const_data_ptr",
     "torch_get_mutable_data_ptr",
@@ -105,7 +106,7 @@ class Simulator:
     def __init__(self):
         library = simulated_library()
         torch.ops.load_library(str(library))
-        self._library = ctypes.CDLL(str(library))
+        self.library = ctypes.CDLL(str(library))
         self._load = functools.cache(ptxcheck.load)
         self._texts = kernel_texts()
         self._spans: list[tuple[int, int]] = []
@@ -126,7 +127,7 @@ class Simulator:
             *(ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32)),
             *(ctypes.c_uint, ctypes.c_uint),
         )(self._on_tensor_map)
-        self._library.simulator_connect(self._record, self._run, self._encode)
+        self.library.simulator_connect(self._record, self._run, self._encode)
         self._options: dict = {}
         self._launches: list[Launch] = []
         self._refuse = False
@@ -137,6 +138,7 @@ class Simulator:
         multiprocessors: int = 2,
         refuse: bool = False,
         capability: tuple[int, int] = (8, 6),
+        capture: int = 0,
         **options,
     ) -> Iterator[list[Launch]]:
         """Runs operators called inside; yields the list of their launches.
@@ -145,9 +147,11 @@ class Simulator:
             multiprocessors: how many the device reports; decides how work is split.
             capability: of the device; the kernels are those of sm_86, and at 9.0 of sm_90a, too.
             refuse: fail every launch, like a device without resources.
+            capture: the number of the CUDA graph that captures the stream; 0 for none.
             options: of ptxcheck's `launch`; race and initialization checks are on.
         """
-        self._library.simulator_set_device(multiprocessors, *capability)
+        self.library.simulator_set_device(multiprocessors, *capability)
+        self.library.simulator_set_capture(ctypes.c_ulonglong(capture))
         self._options = {"check_races": True, "check_uninit": True, **options}
         self._spans, self._failure, self._launches = [], None, []
         self._refuse = refuse

@@ -154,10 +154,6 @@ def test_non_finite_rows_stay_in_their_rows(simulator):
     assert same_bits(y[:149], clean[0][:149])
 
 
-def unaligned(tensor):
-    return tensor[:, 1:-7]
-
-
 EIGHT = {"bias": None, "dtype": BF16, "capability": HOPPER}
 OTHERWISE = {
     "another architecture": {"capability": (8, 6)},
@@ -165,9 +161,7 @@ OTHERWISE = {
     "a later minor version": {"capability": (9, 3)},
     "single precision": {"dtype": FP32},
     "columns that are no multiple of 8": {"N": 20},
-    "an x of unaligned rows": {"x": unaligned},
     "an x of one row repeated": {"x": lambda x: x[:1, 8:].expand(x.shape[0], -1)},
-    "a weight of unaligned rows": {"weight": unaligned},
     "no contraction": {"x": lambda x: x[:, :0], "weight": lambda weight: weight[:, :0]},
     "a bias at an odd element": {"bias": torch.ones(17, dtype=BF16)[1:]},
 }

@@ -46,7 +46,7 @@ def kernels(compiled) -> dict[str, dict[str, int]]:
 @pytest.fixture(scope="session")
 def loops(compiled) -> list[Loop]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), "-sass", str(compiled)]
+    command = [str(tool), "-sass", str(compiled.with_suffix(".cubin"))]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [loop for part in listing.split("Function : ")[1:] for loop in multiplying_loops(part)]
 

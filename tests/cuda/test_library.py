@@ -1,11 +1,13 @@
 """The built library: it loads without a GPU, describes itself and refuses what it cannot do."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import lorasb_kernels
 from lorasb_kernels.ops import extension
@@ -13,6 +15,14 @@ from lorasb_kernels.ops.dispatch import resolve_backend
 from tests.cuda import simulator as simulation
 from tests.cuda.test_operators import BF16, CASES, CPU, SCALING, expand_operands, shrink_operands
 from tests.ops.operands import as_tuple
+
+
+def _cuda_version() -> int:
+    header = simulation.build.toolkit() / "include" / "cuda_runtime_api.h"
+    return int(re.search(r"#define CUDART_VERSION\s+(\d+)", header.read_text())[1])
+
+
+CUDA_VERSION = _cuda_version() if simulation.build.toolkit() else 0
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +108,36 @@ def test_a_broken_library_is_explained(monkeypatch, tmp_path):
         resolve_backend("cuda", CPU, torch.float32)
 
 
+def test_an_old_driver_is_named_with_the_one_that_is_needed(loaded_simulator):
+    library = loaded_simulator.library
+    assert extension.driver_obstacle(library) is None
+    try:
+        library.simulator_set_driver(12040, 0)
+        reason = extension.driver_obstacle(library)
+        library.simulator_set_driver(0, 0)  # no driver: then there is no CUDA device to refuse
+        assert extension.driver_obstacle(library) is None
+    finally:
+        library.simulator_set_driver(CUDA_VERSION, 0)
+    major, minor = CUDA_VERSION // 1000, CUDA_VERSION % 1000 // 10
+    assert f"built with CUDA {major}.{minor} and needs a driver of CUDA {major}" in reason
+    assert "R580 or newer" in reason or major != 13
+    assert reason.endswith("the installed one supports CUDA 12.4")
+
+
+def test_an_architecture_without_kernels_is_named_with_those_that_have_them(loaded_simulator):
+    library = loaded_simulator.library
+    assert extension.kernel_obstacle(library, 0) is None
+    try:
+        library.simulator_set_driver(CUDA_VERSION, 209)  # cudaErrorNoKernelImageForDevice
+        reason = extension.kernel_obstacle(library, 3)
+    finally:
+        library.simulator_set_driver(CUDA_VERSION, 0)
+    assert reason == (
+        "the CUDA extension cannot run on cuda:3 (no kernel image is available); it was built for "
+        "compute capability 8.6"
+    )
+
+
 def accumulate_arguments():
     grad_output, x, row_weight = CASES["sign_gradient"]()
     return torch.zeros(grad_output.shape[1], x.shape[1]), grad_output, x, row_weight
@@ -123,7 +163,7 @@ def test_opcheck(operation, simulator):
 @pytest.mark.parametrize("operation", CASES)
 def test_shapes_are_known_without_library_or_gpu(operation):
     arguments = CASES[operation]()
-    meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments]
+    meta = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), arguments)
     outputs = getattr(torch.ops.lorasb, f"{operation}_cuda")(*meta)
     expected = getattr(torch.ops.lorasb, f"{operation}_reference")(*arguments)
     for out, ref in zip(as_tuple(outputs), as_tuple(expected), strict=True):
