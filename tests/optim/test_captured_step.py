@@ -78,6 +78,8 @@ def test_a_step_is_that_of_plain_pytorch(without_graphs, max_grad_norm, dropout)
             torch.testing.assert_close(found_norm, norm)
         trained = [p for p in model.parameters() if p.requires_grad]
         torch.testing.assert_close([p.grad for p in trained], gradients)
+        # The tensors that graphs write to, also after `zero_grad()` has dropped them.
+        assert all(p.grad is own for p, own in zip(trained, step._gradients, strict=True))
         for optimizer in optimizers:
             optimizer.step()
         optimizers[0].zero_grad()  # drops the gradients that a graph writes to
