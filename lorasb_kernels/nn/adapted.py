@@ -260,7 +260,7 @@ class AdaptedLinear(nn.Linear):
             if output is not None:
                 return output
         # From where `nn.Module` keeps them: to find one as an attribute costs a microsecond.
-        held = {**self._buffers, **self._parameters}
+        held: dict[str, Any] = {**self._buffers, **self._parameters}
         try:
             weight, bias = held["weight"], held["bias"]
             lora_A, lora_R, lora_B = held["lora_A"], held["lora_R"], held["lora_B"]

@@ -17,6 +17,7 @@ What cannot be captured is said before the capture, or is the cause of the error
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -83,11 +84,13 @@ class CapturedStep:
             own.backward()
             self._loss.add_(own.detach())
 
-        def clip() -> None:
-            self._norm = nn.utils.clip_grad_norm_(self._trained, max_grad_norm, foreach=True)
+        def clip(limit: float) -> None:
+            self._norm = nn.utils.clip_grad_norm_(self._trained, limit, foreach=True)
 
         self._run_micro_batch = self._captured(micro_batch)
-        self._clip = None if max_grad_norm is None else self._captured(clip)
+        self._clip = None
+        if max_grad_norm is not None:
+            self._clip = self._captured(partial(clip, max_grad_norm))
 
     def __call__(self, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes the gradients of the mean of the micro-batches' losses.
