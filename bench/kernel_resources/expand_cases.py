@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from lorasb_kernels.ops.triton.expand import expand_kernel
+from lorasb_kernels.ops.triton.expand import UNITS, expand_kernel
 from lorasb_kernels.ops.triton.expand_descriptor import expand_descriptor_kernel
-from lorasb_kernels.ops.triton.parts import GROUP_M
+from lorasb_kernels.ops.triton.parts import GROUP_M, in_units
 from lorasb_kernels.ops.triton.tiles import (
     EXPAND_BLOCK_R,
     Tile,
@@ -17,28 +17,35 @@ from lorasb_kernels.ops.triton.tiles import (
 Case = tuple[str, Tile, dict[str, object], dict[str, object]]
 
 _SHAPE = {"M": 8191, "N": 4096, "K": 4096, "r": 96}
+_ODD_SHAPE = {"M": 8191, "N": 4104, "K": 4104, "r": 24}
+_NUMBERS = ("N", "K", "r", "stride_xm", "stride_wn", "stride_wk", "stride_fn", "stride_fr")
 _DROPOUT = {"keep_scale": 1.5, "threshold": 2**31 + 1}
 
 
 def _expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
-    for case, frozen_product, transposed, dropout in (
-        ("forward", True, False, False),
-        ("dx", True, True, False),
-        ("dx, dropout", True, True, True),
-        ("second call, dropout", False, True, True),
+    for case, frozen_product, transposed, dropout, shape in (
+        ("forward", True, False, False, _SHAPE),
+        ("forward, odd multiples of 8", True, False, False, _ODD_SHAPE),
+        ("dx", True, True, False, _SHAPE),
+        ("dx, odd multiples of 8", True, True, False, _ODD_SHAPE),
+        ("dx, dropout", True, True, True, _SHAPE),
+        ("second call, dropout", False, True, True, _SHAPE),
     ):
+        M, N, K, r = shape.values()
+        strides = [K, *([1, N, 1, N] if transposed else [K, 1, r, 1])]
+        numbers, units = zip(*map(in_units, (N, K, r, *strides)), strict=True)
         arguments = {
             **dict.fromkeys(("x_ptr", "weight_ptr"), "*" if frozen_product else None),
             **dict.fromkeys(("p_ptr", "factor_ptr", "y_ptr"), "*"),
             "bias_ptr": None if transposed else "*",
             "seed_ptr": "*i64" if dropout else None,
-            **{**_SHAPE, **_DROPOUT, "stride_xm": 4096, "stride_xk": 1},
-            "stride_wn": 1 if transposed else 4096,
-            "stride_wk": 4096 if transposed else 1,
-            "stride_fn": 1 if transposed else 96,
-            "stride_fr": 4096 if transposed else 1,
+            "M": M,
+            **dict(zip(_NUMBERS, numbers, strict=True)),
+            "stride_xk": 1,
+            **_DROPOUT,
         }
         constants = {
+            **dict(zip(UNITS, units, strict=True)),
             "FROZEN_PRODUCT": frozen_product,
             "BIAS": not transposed,
             "DROPOUT": dropout,
@@ -59,23 +66,21 @@ def _descriptor_expands(arch: str, dtype: torch.dtype) -> Iterator[Case]:
             arguments = {
                 **{
                     "x_desc": (rows, k),
-                    "p_desc": (rows, EXPAND_BLOCK_R),
-                    "y_desc": (rows, columns),
+                    "p_desc": (rows, k),
+                    "y_desc": (rows, columns // 2),
                 },
                 "weight_desc": (k, columns) if transposed else (columns, k),
-                "factor_desc": (EXPAND_BLOCK_R, columns)
-                if transposed
-                else (columns, EXPAND_BLOCK_R),
+                "factor_desc": (k, columns) if transposed else (columns, k),
                 "bias_ptr": None if transposed else "*",
                 "seed_ptr": "*i64" if dropout else None,
                 **_SHAPE,
                 **_DROPOUT,
+                "programs": 132,
             }
             constants = {
-                **dict.fromkeys(("WEIGHT_TRANSPOSED", "FACTOR_TRANSPOSED"), transposed),
+                "TRANSPOSED": transposed,
                 "BIAS": not transposed,
                 "DROPOUT": dropout,
-                "BLOCK_R": EXPAND_BLOCK_R,
                 "GROUP_M": GROUP_M,
             }
             yield case, tile, arguments, constants

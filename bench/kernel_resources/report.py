@@ -26,23 +26,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.kernel_resources.expand_cases import EXPAND_KERNELS
+from bench.kernel_resources.sass import disassemble
 from bench.kernel_resources.sign_cases import SIGN_KERNELS
 from lorasb_kernels.ops.triton.core_backward import gradient_kernel
 from lorasb_kernels.ops.triton.factor_gradient import factor_gradient_kernel
 from lorasb_kernels.ops.triton.factor_tiles import factor_tile
 from lorasb_kernels.ops.triton.projection import projection_kernel
-from lorasb_kernels.ops.triton.tiles import (
-    ARCHITECTURES,
-    Tile,
-    gradient_tile,
-    projection_tile,
-    rank_tiles,
-)
+from lorasb_kernels.ops.triton.projection_tiles import projection_tile
+from lorasb_kernels.ops.triton.tiles import ARCHITECTURES, Tile, gradient_tile, rank_tiles
 from lorasb_kernels.utils.files import write_text
 
 DTYPES = ("bfloat16", "float16", "float32")
 GROUPED_RANKS = (16, 96, 512)
 RANKS = (16, 24, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 _ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -62,6 +59,8 @@ DEVICES = {
     "sm_86": Device(99 * 1024, 100 * 1024, 48, 16),
     "sm_89": Device(99 * 1024, 100 * 1024, 48, 24),
     "sm_90": Device(227 * 1024, 228 * 1024, 64, 32),
+    "sm_100": Device(227 * 1024, 228 * 1024, 64, 32),
+    "sm_120": Device(99 * 1024, 100 * 1024, 48, 24),
 }
 
 
@@ -87,6 +86,8 @@ class Report:
     """What a variant compiled to; `shared` in bytes, `occupancy` in warps over the maximum.
 
     `products_of_16_bits` counts a warp's `mma.sync` instructions for 16-bit operands, m16n8k16.
+    `wgmma_products` and `wgmma_waits` are counted in the SASS: where ptxas cannot let them overlap
+    it waits behind each.
     """
 
     kernel: str
@@ -104,6 +105,8 @@ class Report:
     narrower_copies: int
     products_of_16_bits: int
     tensor_map_copies: int
+    wgmma_products: int
+    wgmma_waits: int
 
 
 def variants(arch: str, dtype: str, kernel: str) -> Iterator[Variant]:
@@ -291,6 +294,7 @@ def report(variant: Variant) -> Report:
     compiled = compile_variant(variant)
     registers, stack = registers_and_stack(compiled.asm["cubin"])
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    sass = disassemble(compiled.asm["cubin"])
     blocks = blocks_per_sm(variant.arch, registers, shared, variant.tile.num_warps)
     widths = collections.Counter(
         int(size, 0)
@@ -307,11 +311,13 @@ def report(variant: Variant) -> Report:
         shared=shared,
         blocks_per_sm=blocks,
         occupancy=blocks * variant.tile.num_warps / DEVICES[variant.arch].warps_per_sm,
-        tensor_core="wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
+        tensor_core=next((name for name, code in _TENSOR_CORES.items() if code in ptx), ""),
         copies_of_16_bytes=widths.pop(16, 0),
         narrower_copies=sum(widths.values()),
         products_of_16_bits=ptx.count("mma.sync.aligned.m16n8k16"),
         tensor_map_copies=ptx.count("cp.async.bulk.tensor.2d.shared"),
+        wgmma_products=sass.count("HGMMA."),
+        wgmma_waits=sass.count("WARPGROUP.DEPBAR"),
     )
 
 

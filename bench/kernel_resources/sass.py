@@ -1,8 +1,8 @@
 """What a compiled kernel asks of a multiprocessor, counted from its SASS.
 
 `cuobjdump`, which comes with Triton, disassembles the cubin. A backward branch closes a loop; every
-instruction counts to the innermost loop around it, or to the part that runs once. Three sums per
-part, each for a whole block:
+instruction counts to the innermost loop around it, or to the part that runs once (for a persistent
+kernel: once a tile). Three sums per part, each for a whole block:
 
     flops   of tensor-core instructions: HMMA.16816 is 16×8×16, once a warp; HGMMA.64x256x16 is
             64×256×16, once for four warps; tf32, at half the rate of 16 bits, counts twice
@@ -41,9 +41,12 @@ def count(sass: str, num_warps: int) -> tuple[list[int], list[list[int]]]:
     code = list(_instructions(sass))
     loops = sorted(_loops(code))
     once, inside = [0, 0, 0], [[0, 0, 0] for _ in loops]
+    skipped = list(_skipped(code, loops))
     for address, text in code:
         text = _PREDICATE.sub("", text)
         around = [i for i, (first, last) in enumerate(loops) if first <= address <= last]
+        if any(first <= address < last for first, last in skipped):
+            around = []
         sums = inside[around[-1]] if around else once
         for i, number in enumerate(demands(text, num_warps)):
             sums[i] += number
@@ -87,6 +90,23 @@ def _instructions(sass: str) -> Iterator[tuple[int, str]]:
             yield int(found.group(1), 16), found.group(2)
 
 
+def _skipped(
+    code: list[tuple[int, str]], loops: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Spans of loops that a forward branch skips and that multiply nothing.
+
+    In a loop that Triton merged from one over tiles and one over steps they are what runs once a
+    tile: its indices before the first step, its result after the last.
+    """
+    for address, text in code:
+        found = _BRANCH.match(_PREDICATE.sub("", text))
+        end = int(found.group(1), 16) if found and found.group(1) else 0
+        within = any(first <= address and end <= last for first, last in loops)
+        inside = [t for at, t in code if address < at < end]
+        if end > address and within and not any("MMA" in instruction for instruction in inside):
+            yield address + 1, end
+
+
 def _loops(code: list[tuple[int, str]]) -> Iterator[tuple[int, int]]:
     """First and last address of each loop; of several branches to one start the last.
 
@@ -94,8 +114,9 @@ def _loops(code: list[tuple[int, str]]) -> Iterator[tuple[int, int]]:
     which branch back into the middle of other loops.
     """
     ends: dict[int, int] = {}
+    last_exit = max((address for address, text in code if text == "EXIT"), default=code[-1][0])
     for address, text in code:
-        if text == "EXIT":
+        if address > last_exit:
             break
         found = _BRANCH.match(_PREDICATE.sub("", text))
         if found and found.group(1) and int(found.group(1), 16) < address:

@@ -6,18 +6,18 @@ import torch
 
 from lorasb_kernels.ops.dispatch import choose_backend, resolve_backend
 from lorasb_kernels.ops.layer_shape import LayerShape
+from lorasb_kernels.ops.precision import rounded_partial_sums
 from lorasb_kernels.ops.triton.expand_route import plan_route
 from lorasb_kernels.ops.triton.factor_tiles import factor_splits, factor_tile
+from lorasb_kernels.ops.triton.projection_tiles import column_splits, projection_tile
 from lorasb_kernels.ops.triton.route_decision import Shape, rounded_rows
 from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
     Tile,
     architecture,
-    column_splits,
     gradient_tile,
     multiprocessors,
-    projection_tile,
     rank_tiles,
     row_splits,
 )
@@ -148,7 +148,10 @@ def _triton_steps(shape: LayerShape, dtype, arch, sms, trained, device) -> tuple
         sizes = Shape(dtype, rounded_rows(M), N, K, r, transposed, masked)
         route = plan_route(arch, sizes, device)
         tiled = route.name.startswith("fused") or (masked and route.name == "two_call")
-        return Step(operation, route.name, route.tile if tiled else None, route.reason)
+        reason, setting = route.reason, rounded_partial_sums(dtype)
+        if route.name == "two_call" and setting is not None:
+            reason += f"; torch may round partial sums to 16 bits, as {setting} is True"
+        return Step(operation, route.name, route.tile if tiled else None, reason)
 
     return (
         projection("shrink", n, drops),

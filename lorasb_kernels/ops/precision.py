@@ -50,6 +50,22 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
+def rounded_partial_sums(dtype: torch.dtype) -> str | None:
+    """The setting by which torch's GEMM may round partial sums to `dtype`; None if it may not.
+
+    Where cuBLAS splits a long contraction over blocks (few rows, many columns), torch by default
+    lets it add the parts in the dtype of 16-bit operands. Then `two_call` is as exact as
+    `nn.Linear`, and may miss the contract, which is held against sums in fp32. Our own kernels add
+    in fp32 whatever the setting, and nothing in this package changes it.
+    """
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    if dtype not in names:
+        return None
+    setting = f"allow_{names[dtype]}_reduced_precision_reduction"
+    # A name of `torch.backends.cuda.matmul`, which reads the first of the pair that torch keeps.
+    return setting if getattr(torch.backends.cuda.matmul, setting) else None
+
+
 __all__ = [
     "FLOAT_DTYPES",
     "KERNEL_DTYPES",
@@ -57,4 +73,5 @@ __all__ = [
     "autocast_dtype",
     "autocast_off",
     "dot_precision",
+    "rounded_partial_sums",
 ]

@@ -14,19 +14,14 @@ from lorasb_kernels.hardware.counts import Counts, counts_of
 from lorasb_kernels.hardware.gemm import gemm
 from lorasb_kernels.hardware.gpus import Gpu
 from lorasb_kernels.hardware.limits import MMA_SYNC_ON_HOPPER, Limits, Part, Work, limits
+from lorasb_kernels.ops.triton.projection_tiles import column_splits, projection_tile
 from lorasb_kernels.ops.triton.route_rule import (
     fused_limits,
     fused_tiles,
     two_call_limits,
     unmeasured_route,
 )
-from lorasb_kernels.ops.triton.tiles import (
-    column_splits,
-    gradient_tile,
-    projection_tile,
-    rank_tiles,
-    row_splits,
-)
+from lorasb_kernels.ops.triton.tiles import gradient_tile, rank_tiles, row_splits
 
 DTYPE = torch.bfloat16
 E = DTYPE.itemsize
@@ -47,7 +42,7 @@ class Launch:
 
 
 def tables_of(gpu: Gpu) -> str:
-    """The architecture whose tiles and counts a GPU takes, as `tiles.architecture` says."""
+    """The architecture whose tiles and counts stand for a GPU's: sm_120 was not counted."""
     return "sm_89" if gpu.arch == "sm_120" else gpu.arch
 
 

@@ -110,9 +110,8 @@ def emulated(
         for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
             _replace(stack, module, "architecture", lambda device: arch)
         _replace(stack, factor_gradient, "architecture", lambda device: arch)
-        _replace(stack, factor_gradient, "multiprocessors", lambda device: multiprocessors)
-        _replace(stack, projection, "multiprocessors", lambda device: multiprocessors)
-        _replace(stack, sign_matmul, "multiprocessors", lambda device: multiprocessors)
+        for module in (factor_gradient, projection, sign_matmul, expand_descriptor):
+            _replace(stack, module, "multiprocessors", lambda device: multiprocessors)
         yield log
 
 

@@ -120,11 +120,8 @@ TOO_MANY_BYTES_EXPECTED = Fault(
     ptxcheck.DeadlockError,
     "transaction",
 )
-STORE_NOT_WAITED_FOR = Fault(
-    r"cp\.async\.bulk\.wait_group[^;]*;",
-    "",
-    ptxcheck.ExecutionError,
-    "before this bulk copy has read",
+STORE_NOT_WAITED_FOR = Fault(  # the next half of the tile overwrites it
+    r"cp\.async\.bulk\.wait_group[^;]*;", "", ptxcheck.RaceError, "write after read"
 )
 COMMON = {
     split_shrink: (

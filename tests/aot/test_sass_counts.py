@@ -74,3 +74,19 @@ def test_instructions_count_to_the_innermost_loop():
     }
     sass = "\n".join(f"        /*{at:04x}*/   {text} ;   /* 0x0 */" for at, text in lines.items())
     assert count(sass, 4) == ([0, 20, 0], [[0, 8, 0], [0, 8, 512]])
+
+
+def test_what_a_merged_loop_skips_between_tiles_runs_once():
+    lines = {
+        0x00: "MOV R1, R2",
+        0x10: "@P0 BRA 0x30",  # but for the first step of a tile
+        0x20: "IADD3 R1, R1, 0x1, RZ",
+        0x30: "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        0x40: "@P1 BRA 0x70",  # but for the last step of a tile
+        0x50: "STG.E.128 [R2.64], R4",
+        0x60: "STS.128 [R2], R4",
+        0x70: "@P2 BRA 0x10",
+        0x80: "EXIT",
+    }
+    sass = "\n".join(f"        /*{at:04x}*/   {text} ;   /* 0x0 */" for at, text in lines.items())
+    assert count(sass, 4) == ([0, 20, 2048], [[4 * 4096, 16, 0]])

@@ -34,6 +34,24 @@ def dtype(request, backend) -> torch.dtype:
     return getattr(torch, request.param)
 
 
+PARTIAL_SUMS = {
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+}
+
+
+@pytest.fixture(autouse=True)
+def partial_sums_in_single_precision():
+    """The settings that the contract is stated for; see `rounded_partial_sums`."""
+    gemm = torch.backends.cuda.matmul
+    before = {name: getattr(gemm, name) for name in PARTIAL_SUMS.values()}
+    for name in before:
+        setattr(gemm, name, False)
+    yield
+    for name, value in before.items():
+        setattr(gemm, name, value)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """`torch.empty` returns NaN, so an element that a kernel does not write is detected."""

@@ -8,7 +8,12 @@ may draw others, as hypothesis also tries constants of the modules that are load
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.ops.conftest import backend, device, dtype
+from tests.ops.conftest import (
+    backend,
+    device,
+    dtype,
+    partial_sums_in_single_precision,
+)
 from tests.train.conftest import bert, llama, tokenizer
 
 COMMON = {
@@ -21,7 +26,17 @@ COMMON = {
 LITTLE = settings(**COMMON, max_examples=200)
 MUCH = settings(**COMMON, max_examples=10_000)
 
-__all__ = ["LITTLE", "MUCH", "backend", "bert", "device", "dtype", "llama", "tokenizer"]
+__all__ = [
+    "LITTLE",
+    "MUCH",
+    "backend",
+    "bert",
+    "device",
+    "dtype",
+    "llama",
+    "partial_sums_in_single_precision",
+    "tokenizer",
+]
 
 
 def amounts(little: int, much: int):

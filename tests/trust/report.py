@@ -44,6 +44,13 @@ is steered to where the ratio grows. A clean number where the exact result is Na
 where it is finite, an element that was not written, and other bits on a second run have no
 tolerance: they fail.
 
+On a GPU the contract is held with `allow_bf16_reduced_precision_reduction` and
+`allow_fp16_reduced_precision_reduction` of `torch.backends.cuda.matmul` at `False`. Torch's
+default, `True`, lets cuBLAS round the partial sums of a long contraction that it splits over blocks
+(few rows, many columns). That holds for the frozen `nn.Linear` too, and the route `two_call`, made
+of the same products, is as exact as that. The Triton and CUDA kernels add in fp32 under any
+setting. Nothing here changes a setting of torch; `explain` says where this one has a say.
+
 Signs have no rounding: for `sign_gradient` the number is how far from 0 the exact sum of a wrong
 sign was, in roundings of its terms; `pack_signs` is exact. `lora` is `lorasb_linear` without a
 core, its A and B trained in fp32. fp32 numbers above 3.4011e38, the largest in tf32, are not

@@ -22,9 +22,18 @@ from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.expand_dual import dual_expand
 from lorasb_kernels.ops.triton.expand_route import choose_route
-from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
+from lorasb_kernels.ops.triton.parts import (
+    GROUP_M,
+    grouped_tile,
+    in_units,
+    keep_mask,
+    launch_guard,
+)
 from lorasb_kernels.ops.triton.tiles import EXPAND_BLOCK_R, ExpandTile
 from lorasb_kernels.ops.two_call import two_call
+
+# Of the sizes and strides that follow M; see `in_units`.
+UNITS = [f"{name}_UNIT" for name in ("N", "K", "R", "XM", "WN", "WK", "FN", "FR")]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -41,13 +50,21 @@ def expand_kernel(
     K,
     r,
     stride_xm,
-    stride_xk,
     stride_wn,
     stride_wk,
     stride_fn,
     stride_fr,
+    stride_xk,
     keep_scale,
     threshold,
+    N_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
+    XM_UNIT: tl.constexpr,
+    WN_UNIT: tl.constexpr,
+    WK_UNIT: tl.constexpr,
+    FN_UNIT: tl.constexpr,
+    FR_UNIT: tl.constexpr,
     FROZEN_PRODUCT: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -58,7 +75,11 @@ def expand_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    N, K, r = N * N_UNIT, K * K_UNIT, r * R_UNIT
+    stride_xm, stride_wn, stride_wk = stride_xm * XM_UNIT, stride_wn * WN_UNIT, stride_wk * WK_UNIT
+    stride_fn, stride_fr = stride_fn * FN_UNIT, stride_fr * FR_UNIT
+    tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    row_tile, column_tile = grouped_tile(tl.program_id(0), tiles[0], tiles[1], GROUP_M)
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row_mask = (rows < M)[:, None]
@@ -118,6 +139,13 @@ def _launch(x, weight, p, factor, bias, y, dropout, seed, tile, frozen_product):
     if M == 0:
         return
     tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    (xm, xk), weight_strides = (0, 0), (0, 0)
+    if frozen_product:
+        (xm, xk), weight_strides = x.stride(), weight.stride()
+    sizes = (N, x.shape[1] if frozen_product else 0, p.shape[1])
+    numbers, units = zip(
+        *map(in_units, (*sizes, xm, *weight_strides, *factor.stride())), strict=True
+    )
     with launch_guard(y):
         expand_kernel[(tiles,)](
             x,
@@ -128,14 +156,11 @@ def _launch(x, weight, p, factor, bias, y, dropout, seed, tile, frozen_product):
             y,
             seed,
             M,
-            N,
-            x.shape[1] if frozen_product else 0,
-            p.shape[1],
-            *(x.stride() if frozen_product else (0, 0)),
-            *(weight.stride() if frozen_product else (0, 0)),
-            *factor.stride(),
+            *numbers,
+            xk,
             1 / (1 - dropout),
             keep_threshold(dropout),
+            **dict(zip(UNITS, units, strict=True)),
             FROZEN_PRODUCT=frozen_product,
             BIAS=bias is not None,
             DROPOUT=dropout > 0,
@@ -160,4 +185,4 @@ def expand(x, weight, p, factor, bias, dropout, seed):
     return RUN[route.name](x, weight, p, factor, bias, dropout, seed, route.tile)
 
 
-__all__ = ["RUN", "expand", "expand_kernel", "fused_expand", "two_call_expand"]
+__all__ = ["RUN", "UNITS", "expand", "expand_kernel", "fused_expand", "two_call_expand"]

@@ -11,10 +11,12 @@ A tensor map needs its base and its rows at multiples of 16 bytes, and one conti
 (`route_decision.describable`); a transposed view is described as the matrix that it is a view of.
 Maps are made on the host at each launch and passed by value, so a CUDA graph keeps them.
 
-One tile per block. A persistent loop over tiles would help if its loads could run ahead into the
-next tile. For that Triton would have to flatten the loops over the rank and over K into it, but it
-flattens only one inner loop. Instead, with 128×128 tiles two blocks share a multiprocessor: one
-multiplies while the other stores. `docs/how_it_works.md` says what `warp_specialize` does on sm_90.
+The contraction is one loop over r + K: a step multiplies a tile of (p, B) or of (x, W), selected by
+its descriptor. The blocks are persistent. Triton merges the loop over tiles with that loop
+(`flatten`), so the next tile's loads are in flight while a tile is stored. It is stored in two
+halves: a buffer of half the size leaves room for another stage. With dropout the sum over the rank
+has a loop of its own, after which it is masked; two loops are not merged, and a block takes one
+tile. `docs/how_it_works.md` has the counts, and what `warp_specialize` does on sm_90.
 """
 
 import torch
@@ -25,10 +27,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
-from lorasb_kernels.ops.triton.tiles import EXPAND_BLOCK_R, ExpandTile
+from lorasb_kernels.ops.triton.tiles import ExpandTile, multiprocessors, resident_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs"])
 def expand_descriptor_kernel(
     x_desc,
     weight_desc,
@@ -41,41 +43,107 @@ def expand_descriptor_kernel(
     N,
     K,
     r,
+    programs,
     keep_scale,
     threshold,
-    WEIGHT_TRANSPOSED: tl.constexpr,
-    FACTOR_TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    operands = (x_desc, weight_desc, p_desc, factor_desc, y_desc, bias_ptr, seed_ptr)
+    numbers = (M, N, K, r, keep_scale, threshold)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if DROPOUT:
+        store_tile(
+            tl.program_id(0),
+            operands,
+            numbers,
+            TRANSPOSED,
+            BIAS,
+            True,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            GROUP_M,
+            PRECISION,
+        )
+    else:
+        for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+            store_tile(
+                tile,
+                operands,
+                numbers,
+                TRANSPOSED,
+                BIAS,
+                False,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                GROUP_M,
+                PRECISION,
+            )
+
+
+@triton.jit
+def store_tile(
+    tile,
+    operands,
+    numbers,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Computes and stores the tile-th tile of y."""
+    x_desc, weight_desc, p_desc, factor_desc, y_desc, bias_ptr, seed_ptr = operands
+    M, N, K, r, keep_scale, threshold = numbers
+    row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    rank_steps = tl.cdiv(r, BLOCK_K)
+    steps = rank_steps + tl.cdiv(K, BLOCK_K)
+    row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP_M)
     row = row_tile * BLOCK_M
     column = column_tile * BLOCK_N
+    first = 0
 
-    # The rank comes first, so the mask is applied while the accumulator holds nothing else.
+    # The rank comes first: the delta is added while the sum is small, and the mask is applied
+    # while the accumulator holds nothing else.
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, r, BLOCK_R):
-        factor = load_columns(factor_desc, column, k, FACTOR_TRANSPOSED)  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(p_desc.load([row, k]), factor, acc, input_precision=PRECISION)
     if DROPOUT:
+        first = rank_steps
+        for step in range(rank_steps):
+            k = step * BLOCK_K
+            factor = load_columns(factor_desc, column, k, TRANSPOSED)
+            acc = tl.dot(p_desc.load([row, k]), factor, acc, input_precision=PRECISION)
         rows = row + tl.arange(0, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
         keep = keep_mask(tl.load(seed_ptr), rows, columns, N, threshold)
         acc = tl.where(keep, acc * keep_scale, 0.0)
-    for k in range(0, K, BLOCK_K):
-        weight = load_columns(weight_desc, column, k, WEIGHT_TRANSPOSED)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x_desc.load([row, k]), weight, acc, input_precision=PRECISION)
+    for step in range(first, steps):
+        if step < rank_steps:
+            left_desc, right_desc = p_desc, factor_desc
+            k = step * BLOCK_K
+        else:
+            left_desc, right_desc = x_desc, weight_desc
+            k = (step - rank_steps) * BLOCK_K
+        right = load_columns(right_desc, column, k, TRANSPOSED)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(left_desc.load([row, k]), right, acc, input_precision=PRECISION)
     if BIAS:
         columns = column + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    y_desc.store([row, column], acc.to(y_desc.dtype))
+    halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    left_half, right_half = tl.split(halves)
+    y_desc.store([row, column], left_half.to(y_desc.dtype))
+    y_desc.store([row, column + BLOCK_N // 2], right_half.to(y_desc.dtype))
 
 
 @triton.jit
@@ -90,14 +158,19 @@ def descriptor_expand(x, weight, p, factor, bias, dropout, seed, tile: ExpandTil
     y = x.new_empty((M, N))
     if M == 0:
         return y
+    if (weight.stride(1) == 1) != (factor.stride(1) == 1):  # a loop takes tiles of one orientation
+        factor = factor.contiguous() if weight.stride(1) == 1 else factor.T.contiguous().T
     x_desc, _ = _describe(x, tile.BLOCK_M, tile.BLOCK_K)
-    weight_desc, weight_transposed = _describe(weight, tile.BLOCK_N, tile.BLOCK_K)
-    p_desc, _ = _describe(p, tile.BLOCK_M, EXPAND_BLOCK_R)
-    factor_desc, factor_transposed = _describe(factor, tile.BLOCK_N, EXPAND_BLOCK_R)
-    y_desc, _ = _describe(y, tile.BLOCK_M, tile.BLOCK_N)
+    weight_desc, transposed = _describe(weight, tile.BLOCK_N, tile.BLOCK_K)
+    p_desc, _ = _describe(p, tile.BLOCK_M, tile.BLOCK_K)
+    factor_desc, _ = _describe(factor, tile.BLOCK_N, tile.BLOCK_K)
+    y_desc, _ = _describe(y, tile.BLOCK_M, tile.BLOCK_N // 2)
     tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    programs = tiles
+    if dropout == 0:
+        programs = min(tiles, resident_blocks(tile, x.dtype, multiprocessors(x.device)))
     with launch_guard(y):
-        expand_descriptor_kernel[(tiles,)](
+        expand_descriptor_kernel[(programs,)](
             x_desc,
             weight_desc,
             p_desc,
@@ -109,13 +182,12 @@ def descriptor_expand(x, weight, p, factor, bias, dropout, seed, tile: ExpandTil
             N,
             K,
             r,
+            programs,
             1 / (1 - dropout),
             keep_threshold(dropout),
-            WEIGHT_TRANSPOSED=weight_transposed,
-            FACTOR_TRANSPOSED=factor_transposed,
+            TRANSPOSED=transposed,
             BIAS=bias is not None,
             DROPOUT=dropout > 0,
-            BLOCK_R=EXPAND_BLOCK_R,
             GROUP_M=GROUP_M,
             PRECISION=dot_precision(y.dtype),
             **tile.launch_options(),

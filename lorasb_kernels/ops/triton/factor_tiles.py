@@ -40,6 +40,13 @@ _HALF = {
 }
 # With three stages rank 160 spills on sm_90; its shared memory has room for a fourth.
 _HOPPER_HALF = {**_HALF, 256: (FactorTile(8, 4, 64, 64), _HALF[256][1])}
+# Where sm_100 and sm_120 would spill a few bytes.
+_BLACKWELL_HALF = {
+    **_HOPPER_HALF,
+    64: (_HALF[128][0], _HALF[64][1]),
+    224: (_HOPPER_HALF[256][0], _HALF[512][1]),
+}
+_WORKSTATION_HALF = {**_HALF, 64: _HALF[128]}
 _SINGLE = {
     64: (FactorTile(4, 3, 32, 64), FactorTile(4, 3, 32, 32)),
     128: (FactorTile(8, 3, 32, 32), FactorTile(8, 3, 32, 32)),
@@ -53,6 +60,11 @@ _SINGLE = {
     448: (FactorTile(4, 3, 16, 16), FactorTile(4, 3, 16, 16)),
     512: (FactorTile(4, 2, 16, 16), FactorTile(4, 2, 16, 16)),
 }
+_HALF_BY_ARCHITECTURE = {
+    "sm_90": _HOPPER_HALF,
+    "sm_100": _BLACKWELL_HALF,
+    "sm_120": _WORKSTATION_HALF,
+}
 
 
 def factor_tile(arch: str, dtype: torch.dtype, r: int, dropout: bool) -> FactorTile:
@@ -60,8 +72,8 @@ def factor_tile(arch: str, dtype: torch.dtype, r: int, dropout: bool) -> FactorT
     if arch == INTERPRETER:
         return _INTERPRETER
     width, tiles = rank_tiles(r)
-    half = _HOPPER_HALF if arch == "sm_90" else _HALF
-    for largest, pair in (_SINGLE if dtype.itemsize == 4 else half).items():
+    table = _SINGLE if dtype.itemsize == 4 else _HALF_BY_ARCHITECTURE.get(arch, _HALF)
+    for largest, pair in sorted(table.items()):
         if width * tiles <= largest:
             return pair[dropout]
     raise ValueError(f"r is {r}; expected at most {largest}")

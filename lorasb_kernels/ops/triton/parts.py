@@ -10,12 +10,11 @@ from lorasb_kernels.ops.triton.tiles import GROUP_M
 
 
 @triton.jit
-def grouped_tile(row_tiles, column_tiles, GROUP_M: tl.constexpr):
-    """The program's row tile and column tile: down GROUP_M row tiles, then the next column."""
-    program = tl.program_id(0)
-    group = program // (GROUP_M * column_tiles)
+def grouped_tile(tile, row_tiles, column_tiles, GROUP_M: tl.constexpr):
+    """Row and column of the tile-th tile: down GROUP_M row tiles, then the next column."""
+    group = tile // (GROUP_M * column_tiles)
     group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * column_tiles)
+    within = tile % (GROUP_M * column_tiles)
     return group * GROUP_M + within % group_rows, within // group_rows
 
 

@@ -38,13 +38,8 @@ from lorasb_kernels.ops.triton.parts import (
     launch_guard,
     sum_partials,
 )
-from lorasb_kernels.ops.triton.tiles import (
-    architecture,
-    column_splits,
-    multiprocessors,
-    projection_tile,
-    rank_tiles,
-)
+from lorasb_kernels.ops.triton.projection_tiles import column_splits, projection_tile
+from lorasb_kernels.ops.triton.tiles import architecture, multiprocessors, rank_tiles
 
 UNITS = ("N_UNIT", "R_UNIT", "XM_UNIT", "AR_UNIT", "AN_UNIT")  # see `in_units`
 MAX_LAYERS = 3  # of one launch; the largest sets of siblings are q, k and v

@@ -27,7 +27,8 @@ Runs = Mapping[str, Callable[..., torch.Tensor]]
 Candidates = Sequence[tuple[str, ExpandTile]]
 
 SHORT_LIST = 3  # tiles of a route that are tried unless all are asked for
-SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}  # of one block
+# Of one block.
+SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 bursts: Timer = functools.partial(interleave, rounds=5)
 
@@ -64,8 +65,8 @@ def candidates(
 
 
 def _fits(tile: ExpandTile, arch: str, dtype: torch.dtype) -> bool:
-    """Before sm_90 the last of the stages is in registers only."""
-    buffers = tile.num_stages - (arch != "sm_90")
+    """Where the tensor cores read registers, the last of the stages is in registers only."""
+    buffers = tile.num_stages - (arch not in ("sm_90", "sm_100"))
     stage = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
     return arch not in SHARED_KB or buffers * stage <= 1024 * SHARED_KB[arch]
 

@@ -79,6 +79,8 @@ def unmeasured_route(
     tile = expand_tile(arch, dtype, dropout)
     if dropout or dtype.itemsize != ITEMSIZE or min(M, N, K) < 1:
         return Rule("two_call", tile, "no prediction for fp32 or dropout")
+    if arch not in OF_ARCHITECTURE:
+        return Rule("two_call", tile, f"no kernel was counted on {arch}")
     gpu = GPUS[OF_ARCHITECTURE[arch]]
     M, r = 1 << (M - 1).bit_length(), math.prod(rank_tiles(r))
     two = two_call_limits(gpu, M, N, K, r).total
@@ -138,13 +140,17 @@ def fused_limits(
     """
     kernel = {"fused": "expand", "fused_descriptor": "expand_descriptor"}[name]
     counts = counts_of(arch, kernel, "dx" if transposed else "forward", tile)
-    if counts is None or len(counts.loops) != 2:
+    if counts is None:
         return None
     rows, columns = tile.BLOCK_M, tile.BLOCK_N
     blocks = math.ceil(M / rows) * math.ceil(N / columns)
-    rank_loop, main_loop = counts.loops
-    steps = (math.ceil(r / EXPAND_BLOCK_R), math.ceil(K / tile.BLOCK_K))
-    depth = steps[0] * EXPAND_BLOCK_R + steps[1] * tile.BLOCK_K
+    # By tensor maps one loop runs over both, and its loads run ahead into the next tile.
+    loops = [loop for loop in counts.loops if loop.flops]
+    merged = len(loops) == 1
+    rank_step = tile.BLOCK_K if merged else EXPAND_BLOCK_R
+    steps = (math.ceil(r / rank_step), math.ceil(K / tile.BLOCK_K))
+    depth = steps[0] * rank_step + steps[1] * tile.BLOCK_K
+    rank_loop, main_loop = loops[0], loops[-1]
     read = operand_traffic(
         *(gpu, (M, N, K), (rows, columns), counts.blocks * gpu.multiprocessors, ITEMSIZE),
         down=GROUP_M,
@@ -159,7 +165,7 @@ def fused_limits(
         memory_bytes=read + written + N * r * ITEMSIZE,
         l2_bytes=blocks * (rows + columns) * depth * ITEMSIZE + written,
         tensor_share=MMA_SYNC_ON_HOPPER if arch == "sm_90" and not counts.wgmma else 1.0,
-        turns=3,  # the loops over the rank and over K fill one after the other
+        turns=2 if merged else 3,  # two loops fill one after the other
     )
     return limits(work, gpu)
 

@@ -69,9 +69,9 @@ def sign_matmul_tile(arch: str, rows: int, q: int, multiprocessors: int) -> Sign
     width, tiles = column_tiles(q)
     if arch == INTERPRETER:
         return SignMatmulTile(4, 1, BLOCK_M=32, BLOCK_K=64, BLOCK_Q=width, COLUMN_TILES=tiles)
-    tall = arch == "sm_90" or rows >= 64 * multiprocessors
+    tall = arch in ("sm_90", "sm_100") or rows >= 64 * multiprocessors
     return SignMatmulTile(
-        num_warps=4 if arch == "sm_90" or width * tiles <= 128 else 8,
+        num_warps=4 if arch in ("sm_90", "sm_100") or width * tiles <= 128 else 8,
         num_stages=2,
         BLOCK_M=64 if tall else 32,
         BLOCK_K=32,

@@ -49,7 +49,8 @@ def weight_gradient_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
+    tiles = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    row_tile, column_tile = grouped_tile(tl.program_id(0), tiles[0], tiles[1], GROUP_M)
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     token = tl.arange(0, BLOCK_K)

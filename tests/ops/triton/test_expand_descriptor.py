@@ -8,6 +8,7 @@ import torch
 from lorasb_kernels.ops.dispatch import obstacle
 from lorasb_kernels.ops.expand import expand
 from lorasb_kernels.ops.triton import expand as expand_triton
+from lorasb_kernels.ops.triton import expand_descriptor
 from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.triton.expand_descriptor import descriptor_expand
 from lorasb_kernels.ops.triton.route_decision import Route, Shape, describable, shape_of
@@ -16,7 +17,7 @@ from lorasb_kernels.ops.triton.tiles import ExpandTile
 from tests.ops.conftest import ON_GPU
 from tests.ops.operands import check, dropout_seed, normal, same_bits
 
-TILE = ExpandTile(num_warps=4, num_stages=2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+TILE = ExpandTile(num_warps=4, num_stages=2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
 # M, N, K, r: any M; sizes of one and of several tiles, with edges; ranks of partial tiles.
 SHAPES = [
     (0, 16, 24, 8),
@@ -46,7 +47,10 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def described(monkeypatch):
-    """Makes `expand` take the route; returns the tiles that it was launched with."""
+    """Makes `expand` take the route; returns the tiles that it was launched with.
+
+    Without a GPU a block takes every other tile.
+    """
     launched = []
 
     def counted(*arguments):
@@ -56,6 +60,8 @@ def described(monkeypatch):
     def chosen(*arguments):
         return Route("fused_descriptor", TILE, "forced by a test")
 
+    if not ON_GPU:
+        monkeypatch.setattr(expand_descriptor, "resident_blocks", lambda *arguments: 2)
     monkeypatch.setattr(expand_triton, "choose_route", chosen)
     monkeypatch.setitem(expand_triton.RUN, "fused_descriptor", counted)
     return launched

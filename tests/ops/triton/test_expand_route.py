@@ -7,6 +7,7 @@ import lorasb_kernels
 from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.triton import route_measuring
 from lorasb_kernels.ops.triton.expand import RUN
+from lorasb_kernels.ops.triton.projection_tiles import column_splits, projection_tile
 from lorasb_kernels.ops.triton.route_decision import Shape
 from lorasb_kernels.ops.triton.route_files import RouteFile
 from lorasb_kernels.ops.triton.route_measuring import candidates
@@ -14,9 +15,7 @@ from lorasb_kernels.ops.triton.tiles import (
     ARCHITECTURES,
     MULTIPROCESSORS,
     ExpandTile,
-    column_splits,
     gradient_tile,
-    projection_tile,
     rank_tiles,
     row_splits,
 )
