@@ -76,16 +76,13 @@ def _interpreted(shape: Shape) -> Route:
     return Route("fused", tile, "Triton's interpreter runs the kernel")
 
 
-def plan_route(
-    arch: str, shape: Shape, device: torch.device | None = None, aligned: bool = True
-) -> Route:
+def plan_route(arch: str, shape: Shape, device: torch.device | None = None) -> Route:
     """The route of a class of shapes, without operands: nothing is measured.
 
     Args:
         arch: `"sm_86"` and so on.
         shape: the class.
         device: to heed what was decided and measured on it; None for any of the architecture.
-        aligned: False if tensor maps cannot describe the operands.
 
     Raises:
         FileNotFoundError, ValueError: an environment variable or the file it names is unusable.
@@ -100,7 +97,7 @@ def plan_route(
         decided = _DECIDED.get((index, shape))
         route = decided or planned(shape, arch, device_file(device), why)
     sizes = (shape.N, shape.K, shape.r)
-    if aligned and all(size * shape.dtype.itemsize % 16 == 0 for size in sizes):
+    if all(size * shape.dtype.itemsize % 16 == 0 for size in sizes):
         return route
     return route.otherwise or route
 

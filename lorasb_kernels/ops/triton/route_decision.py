@@ -55,11 +55,13 @@ class Shape(NamedTuple):
 
     @property
     def key(self) -> str:
-        """In files; ranks that fill the same tiles share it."""
+        """In files; ranks that fill the same tiles share it, if tensor maps describe p alike."""
         width, tiles = rank_tiles(self.r)
+        described = self.r * self.dtype.itemsize % 16 == 0
         return (
             f"{str(self.dtype).removeprefix('torch.')} M<={self.rows} N={self.N} K={self.K} "
-            f"r<={width * tiles} weight={'transposed' if self.transposed else 'plain'} "
+            f"r<={width * tiles}{'' if described else ' unaligned'} "
+            f"weight={'transposed' if self.transposed else 'plain'} "
             f"dropout={'yes' if self.dropout else 'no'}"
         )
 

@@ -157,15 +157,13 @@ def tuned(tmp_path, monkeypatch):
         ({"K": 4100}, "fused"),
         ({"r": 90}, "fused"),
         ({"N": 4100}, "fused"),
-        ({"aligned": False}, "fused"),
     ],
 )
 def test_shapes_that_cannot_be_described_take_the_next_fastest(changes, taken, tuned):
     sizes = {"rows": 8192, "N": 4096, "K": 4096, "r": 96, "transposed": False, "dropout": False}
-    aligned = changes.pop("aligned", True)
     shape = Shape(torch.bfloat16, **{**sizes, **changes})
     tuned(shape)
-    chosen = route.plan_route("sm_90", shape, aligned=aligned)
+    chosen = route.plan_route("sm_90", shape)
     assert chosen.name == taken
     assert chosen.tile == (TILE if taken == "fused_descriptor" else OTHER_TILE)
     assert "two_call 3.0 µs, fused 2.0 µs, fused_descriptor 1.0 µs" in chosen.reason

@@ -58,7 +58,7 @@ def test_it_is_tried_once_and_only_where_it_is_there():
 def test_it_is_taken_where_it_was_measured_to_be_the_fastest(measured, monkeypatch):
     monkeypatch.setattr(route_decision, "dual_is_loaded", lambda: True)
     assert expand_route.plan_route("sm_90", SHAPE).name == "dual"
-    assert expand_route.plan_route("sm_90", SHAPE, aligned=False).name == "two_call"
+    assert expand_route.plan_route("sm_90", SHAPE).otherwise.name == "two_call"
 
 
 def test_explain_names_no_tile_of_triton_s_for_it(measured, monkeypatch):

@@ -12,12 +12,13 @@ from torch.distributed import HashStore
 from lorasb_kernels.ops.measuring import running_operator
 from lorasb_kernels.ops.triton import route_decision, route_files
 from lorasb_kernels.ops.triton.expand import RUN
-from lorasb_kernels.ops.triton.route_decision import decide, planned, shape_of
+from lorasb_kernels.ops.triton.route_decision import Shape, decide, planned, shape_of
 from lorasb_kernels.ops.triton.route_files import RouteFile
 from tests.ops.triton.routes import MEASURED_ON, StubTimer, device_file, entry, operands
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu measures the device")
 ROOT = Path(__file__).parents[3]
+SHAPE = Shape(torch.bfloat16, 8192, 4096, 4096, 96, transposed=False, dropout=False)
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,14 @@ def test_the_first_use_measures_and_every_later_one_keeps_to_it(caplog):
     assert len(caplog.records) == 1
 
 
+def test_ranks_that_tensor_maps_cannot_describe_are_a_class_of_their_own():
+    """Measured without those routes, their entry would hide them from the other ranks."""
+    keys = [SHAPE._replace(r=r).key for r in (96, 88, 90, 91)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert "r<=96 weight" in keys[0]
+    assert "r<=96 unaligned weight" in keys[2]
+
+
 def test_a_measurement_leaves_operands_and_random_numbers_alone():
     arguments = operands(20, transposed=True, dropout=0.3)
     before = [value.clone() for value in arguments if isinstance(value, torch.Tensor)]
@@ -84,6 +93,27 @@ def test_a_route_that_does_not_run_is_left_out(caplog):
     assert chosen.name == "two_call"
     assert "fused" not in device_file().read()[key(operands(20))].routes
     assert any("no such instruction" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("fault", [1.5, float("nan")])
+def test_a_route_that_computes_something_else_is_left_out(fault, caplog):
+    def wrong(*arguments):
+        return RUN["fused"](*arguments) * fault
+
+    chosen = decide(operands(20), {**RUN, "fused": wrong}, device_file(), StubTimer("fused"))
+    assert chosen.name == "two_call"
+    assert "fused" not in device_file().read()[key(operands(20))].routes
+    assert any("computes something else" in record.message for record in caplog.records)
+
+
+def test_an_activation_that_overflowed_leaves_no_route_out():
+    arguments = operands(20)
+    arguments[0][3, 5] = float("inf")
+
+    def timer(calls, device):
+        return {key: [1e-6 if key[0] == "fused" else 2e-6] for key in calls}
+
+    assert decide(arguments, RUN, device_file(), timer).name == "fused"
 
 
 def test_without_memory_for_it_the_rule_decides(caplog):
