@@ -76,6 +76,8 @@ def summary(found: Results, path: Path) -> str:
         lines = ["A dry run on a CPU with tiny shapes: the numbers say nothing."]
     if smoke_tests_failed(found):
         lines.append("NOT VALID: a smoke test failed, so the numbers may be of wrong results.")
+    if not any(row.op == "tests" for row in found.rows):
+        lines.append("The smoke tests have not run to their end.")
     lines += [headline_table(found) or "Nothing of the table was measured."]
     return "\n".join([*lines, f"Send this file: {path}"])
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input")
     parser.add_argument("--backend", default="auto", help="auto, reference, triton or cuda")
-    parser.add_argument("--arch", help="plan for sm_80, sm_86, sm_89 or sm_90, without a device")
+    parser.add_argument("--arch", help="plan for sm_80, 86, 89, 90, 100 or 120, without a device")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -70,8 +70,8 @@ def explain(
         dtype: default: the weight's, or bf16.
         device: default: the weight's, or the current CUDA device, or the CPU.
         dropout: default: the layer's, or 0.
-        arch: plan Triton's kernels for `"sm_80"`, `"sm_86"`, `"sm_89"` or `"sm_90"` instead of
-            the device; no GPU is needed.
+        arch: plan Triton's kernels for one of `tiles.ARCHITECTURES` (`"sm_80"`, …) instead of the
+            device; no GPU is needed.
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected.

@@ -226,6 +226,7 @@ def test_the_table_at_the_end_of_a_run(tmp_path, capsys):
         "1.07× (107 µs)",
     ]
     assert printed[-1] == f"Send this file: {path}"
+    assert "The smoke tests have not run to their end." in printed
     red = Row("tests", "", 0, 0, "", "smoke", "passed", "", 0.0, "1")
     write(tmp_path, WHERE, [red])
     headline_tool.main([str(tmp_path)])

@@ -2,7 +2,7 @@
 
     two_call           cuBLAS twice, see `ops/two_call.py`                      `expand.py`
     fused              one GEMM whose contraction is extended over the rank   `expand.py`
-    fused_descriptor   the same, its tiles moved by TMA; sm_90                `expand_descriptor.py`
+    fused_descriptor   the same, its tiles moved by TMA; from sm_90 on        `expand_descriptor.py`
     dual               the CUDA extension's persistent kernel for Hopper      `expand_dual.py`
 
 `route_decision.py` says how it is decided. A process decides once for a class of shapes, so the
