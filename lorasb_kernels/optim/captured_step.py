@@ -56,7 +56,8 @@ class CapturedStep:
 
     Raises:
         TypeError: a value of `batch` that is not a tensor.
-        ValueError: no trained parameter, tensors on several devices.
+        ValueError: no trained parameter, tensors on several devices, a `max_grad_norm` that is not
+            positive.
         RuntimeError: no CUDA device; gradient checkpointing, which saves and restores the state of
             the generator; anything else that a capture refuses, with its cause.
     """
@@ -69,6 +70,10 @@ class CapturedStep:
         loss: Callable[[nn.Module, Batch], torch.Tensor] = mean_loss,
         max_grad_norm: float | None = None,
     ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm}; expected a positive number or None"
+            )
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._device = _common_device(self._trained, batch)
         _check_capturable(model)
@@ -91,6 +96,7 @@ class CapturedStep:
         self._clip = None
         if max_grad_norm is not None:
             self._clip = self._captured(partial(clip, max_grad_norm))
+        torch._foreach_zero_(self._gradients)  # those of the passes before the capture
 
     def __call__(self, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes the gradients of the mean of the micro-batches' losses.

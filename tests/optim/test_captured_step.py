@@ -40,8 +40,13 @@ def batches(count, rows=5):
 
 @pytest.fixture
 def without_graphs(monkeypatch):
-    """Steps on the CPU: the work that would be captured is run in every call."""
-    monkeypatch.setattr(CapturedStep, "_captured", lambda self, work: work)
+    """Steps on the CPU: the work that would be captured is run once before, and in every call."""
+
+    def captured(self, work):
+        work()
+        return work
+
+    monkeypatch.setattr(CapturedStep, "_captured", captured)
     monkeypatch.setattr(captured_step, "_common_device", lambda trained, batch: torch.device("cpu"))
 
 
@@ -87,6 +92,13 @@ def test_a_step_is_that_of_plain_pytorch(without_graphs, max_grad_norm, dropout)
         torch.testing.assert_close(own, other)
 
 
+def test_the_capture_leaves_no_gradients(without_graphs):
+    """An optimizer that steps before the first call of the step changes nothing by them."""
+    model = Model()
+    CapturedStep(model, batches(1)[0], loss=squared_error, max_grad_norm=0.5)
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 def test_a_batch_that_was_not_captured_is_named(without_graphs):
     step = CapturedStep(Model(), batches(1)[0], loss=squared_error)
     with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(6, 12\); .*\(5, 12\)"):
@@ -108,6 +120,9 @@ def test_what_cannot_be_captured_says_so():
         CapturedStep(Model().requires_grad_(False), batch)
     with pytest.raises(TypeError, match="y is a list"):
         CapturedStep(Model(), batch | {"y": [1.0]})
+    for limit in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"max_grad_norm is (0\.0|-1\.0|nan); expected"):
+            CapturedStep(Model(), batch, max_grad_norm=limit)
 
 
 def test_gradient_checkpointing_is_refused(without_graphs):
