@@ -97,14 +97,14 @@ def explain(
     here = device if arch is None else None
     if arch is None:
         backend, reason = _backend(backend or "auto", device, dtype)
-        arch, sms = architecture(device), multiprocessors(device)
     elif arch in ARCHITECTURES:
-        backend, reason, sms = "triton", f"planned for {arch}", MULTIPROCESSORS[arch]
+        backend, reason = "triton", f"planned for {arch}"
     else:
         raise ValueError(f"arch is {arch!r}; expected one of {ARCHITECTURES}")
     steps: tuple[Step, ...] = ()
     if backend == "triton":
-        steps = _triton_steps(shape, dtype, arch, sms, trained, here)
+        sms = multiprocessors(device) if arch is None else MULTIPROCESSORS[arch]
+        steps = _triton_steps(shape, dtype, arch or architecture(device), sms, trained, here)
     return Explanation(backend, reason, steps)
 
 

@@ -153,6 +153,12 @@ def test_explain_a_shape_for_an_architecture(file):
     assert "split 8 ways" in split.reason
 
 
+def test_explain_on_a_gpu_older_than_the_tables(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    explained = lorasb_kernels.explain((24, 16, 4), device="cuda:7")
+    assert (explained.backend, explained.steps) == ("reference", ())
+
+
 def test_explain_a_layer_here():
     layer = lorasb_kernels.LoRASBLinear(24, 16, 4, backend="reference")
     assert str(lorasb_kernels.explain(layer)) == "backend reference: asked for by name"
