@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-PATIENCE = datetime.timedelta(minutes=5)  # a rank compiles and measures in seconds
+# A rank compiles and measures in seconds. One that waits for a collective which this process has not
+# joined yet would never answer, so it is not waited for longer.
+PATIENCE = datetime.timedelta(minutes=1)
 
 
 def agreed(topic: str, answer: Callable[[], str], store, patience=PATIENCE) -> str:

@@ -142,7 +142,8 @@ def decide(
                 f"for each class of shapes; kept in {kept.path} (LORASB_TUNE=off: never)"
             )
             described = takes_tensor_maps(x, weight, p, factor)
-            dual = described and has_dual(x.device, shape.dtype)
+            # No GPU has run it yet, and a kernel that hangs cannot be left out: only when asked.
+            dual = anew and described and has_dual(x.device, shape.dtype)
             tried = candidates(kept.arch, shape.dtype, shape.dropout, described, dual)
             new = {shape.key: measure(operands, runs, tried, timer)}
             found = kept.add(new, replace=anew)[shape.key], kept.path.name
