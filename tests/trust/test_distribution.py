@@ -94,7 +94,7 @@ def test_the_wheel_says_what_it_is_and_what_it_needs(built):
     needs = found.get_all("Requires-Dist")
     core = {re.match(r"[\w-]+", need)[0] for need in needs if "extra ==" not in need}
     assert core == {"torch", "triton", "numpy", "safetensors"}
-    extras = {"train", "data", "demo", "bench", "quantized", "docs", "test", "full"}
+    extras = {"train", "data", "demo", "bench", "quantized", "docs", "heuristics", "test", "full"}
     assert set(found.get_all("Provides-Extra")) == extras
     entry = (folder / "entry_points.txt").read_text()
     assert entry == "[console_scripts]\nlorasb = lorasb_kernels.cli.main:main\n"
