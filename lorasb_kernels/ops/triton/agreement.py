@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-# A rank compiles and measures in seconds. One that waits for a collective which this process has not
-# joined yet would never answer, so it is not waited for longer.
+# A rank compiles and measures in seconds. One that waits for a collective which this process has
+# not joined yet would never answer, so it is not waited for longer.
 PATIENCE = datetime.timedelta(minutes=1)
 
 
