@@ -1,7 +1,8 @@
 """What an adapter costs: layers, ranks, trainable and frozen elements, bytes, operations."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,7 +40,8 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """The adapted layers of a model; `str()` gives a table.
+    """The adapted layers of a model; `str()` gives a table, a row for
+    each kind of layer.
 
     `other_trainable` counts trainable elements outside the layers (`modules_to_save`),
     `total` all parameters of the base model; `linear_weights` the weight elements of the linear
@@ -70,46 +72,54 @@ class Description:
         return sum(layer.trainable for layer in self.layers)
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "r", "trainable", "A and B", "frozen MB", "adapter MB")]
-        rows += [
-            (
-                layer.name,
-                f"{layer.out_features}x{layer.in_features}",
-                str(layer.r),
-                f"{layer.trainable:,}",
-                f"{layer.subspace:,}",
-                f"{layer.frozen_bytes / 1e6:.2f}",
-                f"{layer.adapter_bytes / 1e6:.3f}",
-            )
-            for layer in self.layers
-        ]
-        rows.append(
-            (
-                f"{len(self.layers)} layers",
-                "",
-                "",
-                f"{self.trainable:,}",
-                f"{sum(layer.subspace for layer in self.layers):,}",
-                f"{sum(layer.frozen_bytes for layer in self.layers) / 1e6:.2f}",
-                f"{sum(layer.adapter_bytes for layer in self.layers) / 1e6:.3f}",
-            )
-        )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        rule = "-" * max(len(line) for line in lines)
         share = 100 * (self.trainable + self.other_trainable) / max(self.total, 1)
         note = (
             f"trainable: {self.trainable:,} in adapters, {self.other_trainable:,} in saved "
             f"modules; {share:.4f} % of {self.total:,} parameters"
         )
-        parts = [lines[0], rule, *lines[1:-1], rule, lines[-1], note, str(self.coverage)]
+        head = ("layer", "count", "shape", "r", "trainable", "A and B", "frozen MB", "added MB")
+        kinds = _by_kind(self.layers)
+        table = [head, *(_row(name, layers) for name, layers in kinds.items())]
+        table.append((f"{len(self.layers)} layers", "", "", "", *_row("", self.layers)[4:]))
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        rule = "-" * max(len(line) for line in lines)
+        parts = [note, str(self.coverage), "", lines[0], rule, *lines[1:-1], rule, lines[-1]]
         return "\n".join(parts)
+
+
+def _by_kind(layers: Sequence[LayerDescription]) -> dict[str, list[LayerDescription]]:
+    """Layers of one place in their block, of one shape and rank, under a common name."""
+    found: dict[tuple, list[LayerDescription]] = {}
+    for layer in layers:
+        place = re.sub(r"\.\d+(?=\.)", ".*", layer.name)
+        found.setdefault((place, layer.out_features, layer.in_features, layer.r), []).append(layer)
+    ends = [place.rpartition("*.")[2] for place, *_ in found]
+    return {
+        # Where two kinds end alike (encoder and decoder), the whole place tells them apart.
+        end if ends.count(end) == 1 else f"{place} {m}x{n} r {r}": layers
+        for end, ((place, m, n, r), layers) in zip(ends, found.items(), strict=True)
+    }
+
+
+def _row(name: str, layers: Sequence[LayerDescription]) -> tuple[str, ...]:
+    first = layers[0]
+    return (
+        name,
+        str(len(layers)),
+        f"{first.out_features}x{first.in_features}",
+        str(first.r),
+        f"{sum(layer.trainable for layer in layers):,}",
+        f"{sum(layer.subspace for layer in layers):,}",
+        f"{sum(layer.frozen_bytes for layer in layers) / 1e6:.2f}",
+        f"{sum(layer.adapter_bytes for layer in layers) / 1e6:.3f}",
+    )
 
 
 def describe(model: nn.Module, config: LoRASBConfig | None = None) -> Description:

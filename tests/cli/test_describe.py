@@ -63,3 +63,29 @@ def test_macs_are_half_the_flops_of_the_products(architecture):
 def test_a_sequence_without_tokens_is_refused(roberta_large, seq, capsys):
     assert main(["describe", roberta_large, "--seq", seq]) == 2
     assert f"--seq is {seq}; expected" in capsys.readouterr().err
+
+
+def test_layers_of_one_kind_share_a_row_of_a_terminal(roberta_large, capsys):
+    assert main(["describe", roberta_large, "--r", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("trainable: ")
+    assert lines[1].startswith("coverage: ")
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    rows = [line.split() for line in lines[start + 2 :]]
+    assert [row[:3] for row in rows[:-2]] == [
+        ["attention.self.query", "24", "1024x1024"],
+        ["attention.self.key", "24", "1024x1024"],
+        ["attention.self.value", "24", "1024x1024"],
+        ["attention.output.dense", "24", "1024x1024"],
+        ["intermediate.dense", "24", "4096x1024"],
+        ["output.dense", "24", "1024x4096"],
+        ["lm_head.dense", "1", "1024x1024"],
+    ]
+    assert rows[-1][:2] == ["145", "layers"]
+    assert max(map(len, lines[start:])) <= 80
+
+
+def test_kinds_that_end_alike_are_told_apart():
+    kinds = str(describe(build("t5"), LoRASBConfig(4, init="orthogonal")))
+    assert "encoder.block.*" in kinds
+    assert "decoder.block.*" in kinds
