@@ -77,7 +77,7 @@ class Description:
             f"trainable: {self.trainable:,} in adapters, {self.other_trainable:,} in saved "
             f"modules; {share:.4f} % of {self.total:,} parameters"
         )
-        head = ("layer", "count", "shape", "r", "trainable", "A and B", "frozen MB", "added MB")
+        head = ("layer", "count", "shape", "r", "trained", "A and B", "W MB", "+ MB")
         kinds = _by_kind(self.layers)
         table = [head, *(_row(name, layers) for name, layers in kinds.items())]
         table.append((f"{len(self.layers)} layers", "", "", "", *_row("", self.layers)[4:]))
