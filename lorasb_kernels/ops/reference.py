@@ -35,7 +35,7 @@ CHUNK = 2048
 def shrink(x, lora_A, lora_R, scaling, dropout, seed):
     """h = drop(x) Aᵀ [M, r] and p = s · h Rᵀ [M, r]; the core runs in the dtype of R, fp32.
 
-    R may be None here, for the identity, and then h and p may be one tensor.
+    R may be None here, for the identity.
     """
     if dropout > 0:
         mask = keep_mask(*x.shape, dropout, seed)
@@ -69,10 +69,11 @@ def core_backward(dy, h, lora_B, lora_R, scaling):
     g = torch.mm(dy, lora_B)
     if g.dtype != lora_R.dtype:
         g, h = g.to(lora_R.dtype), h.to(lora_R.dtype)
-    if scaling != 1:
-        g.mul_(scaling)
-    q = torch.mm(g, lora_R)
-    return q if q.dtype == dy.dtype else q.to(dy.dtype), torch.mm(g.t(), h)
+    q, dR = torch.mm(g, lora_R), torch.mm(g.t(), h)
+    if scaling != 1:  # last: s · g alone may leave the range of its dtype where the results do not
+        q.mul_(scaling)
+        dR.mul_(scaling)
+    return q if q.dtype == dy.dtype else q.to(dy.dtype), dR
 
 
 def core_input_gradient(dy, lora_B, lora_R, scaling):
@@ -103,8 +104,12 @@ def factor_gradient(left, rows, dropout, seed):
 def _through_core(rows, core, scaling):
     """s · rows · core [M, r] in the dtype of `rows`, computed in that of the core."""
     # `to` costs a microsecond also where there is nothing to convert.
-    if core is None:
-        return rows if scaling == 1 else rows * scaling
+    if core is None:  # multiplied by as in the kernels: an infinity spreads over its row
+        core = torch.eye(
+            rows.shape[1],
+            dtype=torch.promote_types(rows.dtype, torch.float32),
+            device=rows.device,
+        )
     convert = rows.dtype != core.dtype
     out = torch.mm(rows.to(core.dtype) if convert else rows, core)
     if scaling != 1:

@@ -32,8 +32,8 @@ def obstacles(model: nn.Module, layers: Mapping[str, nn.Module], r: int) -> dict
         r: rank.
 
     Raises:
-        TypeError: a quantized layer that is in a state or format that cannot be adapted, which
-            is not of this layer alone.
+        TypeError: a quantized layer that is in a state or format that cannot be adapted, or a
+            sharded weight, which is not of this layer alone.
     """
     users = Counter(
         _storage(tensor)
@@ -80,6 +80,8 @@ def _obstacles(
                 f"{name}.weight is a {stored}; expected a float16, bfloat16 or float32 tensor, or "
                 "one that bitsandbytes or torchao quantized"
             )
+            if stored.startswith("DTensor"):
+                raise error  # the model is sharded, and no layer of it is one to leave out
             yield Obstacle(f"its weight is a {stored}", error)
     if users[_storage(layer.weight)] > 1:
         error = ValueError(

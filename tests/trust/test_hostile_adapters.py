@@ -143,7 +143,7 @@ def test_an_adapter_loads_or_is_named(originals, tmp_path, kind):
             given(st.data())(lambda d: check_loading(d.draw, originals, tmp_path, kind))
         )()
 
-    load(1)  # what is imported at the first load is not the file's doing
+    load(8)  # what is imported at the first loads and errors is not the file's doing
     with bounded_memory(200):
         load(60)
 
