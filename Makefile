@@ -1,6 +1,6 @@
 # Every target sets up what it needs; a second call reuses it.
 #
-#   make test           the tests (about ten minutes on two cores)
+#   make test           the tests (within fifteen minutes on two cores)
 #   make test-full      the slow ones too, and those with TRL and Liger-Kernel
 #   make numerics       docs/numerics.md: how near each operation comes to what it may err
 #   make demo           fine-tune a real model on real data with LoRA-SB

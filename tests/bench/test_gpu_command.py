@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAST = ("tests", "sanitizer")
 
 
+@pytest.mark.slow  # the quick tests interrupt such a run instead
 def test_dry_run(tmp_path):
     code = gpu.main(["--dry", "--out", str(tmp_path)])
     log = (tmp_path / "gpu.log").read_text()
