@@ -19,13 +19,13 @@ class Fill:
     """How one operand is made.
 
     `power`: its elements are of size 10^power; `kind`: normal numbers, all 0, one constant,
-    or `rows`, each row of another size; `spoilt`: elements set to NaN, ±Inf, −0, a denormal
+    or `rows`, each row of another size; `special`: elements set to NaN, ±Inf, −0, a denormal
     or the largest number, by position; `layout`: how it lies in memory.
     """
 
     power: int = 0
     kind: str = "normal"
-    spoilt: tuple[tuple[float, float | str], ...] = ()
+    special: tuple[tuple[float, float | str], ...] = ()
     layout: str = "contiguous"
 
 
@@ -46,8 +46,8 @@ def fills(
         st.floats(0, 1, exclude_max=True),
         st.sampled_from((*SPECIAL, "denormal", *(["largest"] if largest else []))),
     )
-    spoilt = st.just(()) | st.lists(element, max_size=3).map(tuple)
-    return st.builds(Fill, power, kind, spoilt, layout)
+    special = st.just(()) | st.lists(element, max_size=3).map(tuple)
+    return st.builds(Fill, power, kind, special, layout)
 
 
 def sizes(largest: int = 140):
@@ -93,7 +93,7 @@ def make(
         values *= (10.0 ** powers.double()).view(count, *[1] * (len(shape) - 1))
     values = (values * 10.0**fill.power).to(dtype)
     flat = values.view(-1)
-    for position, value in fill.spoilt:
+    for position, value in fill.special:
         if flat.numel():
             flat[int(position * flat.numel())] = _number(value, dtype)
     return lay_out(values.to(device), fill.layout)
