@@ -1,7 +1,7 @@
 """`docs/benchmarks.md` and README.md's plot from the results database.
 
     python -m bench.report                                    # the database, bench/results
-    python -m bench.report --results the-file-that-was-sent.json
+    python -m bench.report --results the-file-that-was-sent.json   # the database, and this file
 
 Shows the newest results of each GPU, and nothing that is not in the database; results whose smoke
 tests failed are left out, and said to be.
@@ -16,7 +16,7 @@ from bench.headline import headline_table, smoke_tests_failed
 from bench.host import tables
 from bench.plots import draw_plots
 from bench.recording import folder_name
-from lorasb_kernels.profiling.results import Results, Row, read_all
+from lorasb_kernels.profiling.results import Results, Row, read, read_all
 from lorasb_kernels.utils.files import write_text
 from lorasb_kernels.utils.tables import markdown_table, seconds, size
 
@@ -41,6 +41,7 @@ in a table was not measured.
 
 {tables}
 """
+DATABASE = "bench/results"
 BEGIN, END = "<!-- measured, by python -m bench.report -->", "<!-- /measured -->"
 NO_NUMBER = (
     "**No GPU number exists yet.** "
@@ -260,26 +261,54 @@ SECTIONS = (
 )
 
 
-def _host(folder: str | Path) -> dict | None:
-    path = Path(folder) / "host.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _with_database(path: Path) -> tuple[list[Results], dict | None]:
+    """The results to show, oldest first, and what `bench.host` measured.
+
+    Args:
+        path: a database; or a results file, which is shown with what is in `DATABASE`.
+    """
+    database, found = path, read_all(path)
+    if path.is_file():
+        database = Path(DATABASE)
+        found = list(dict.fromkeys([*read_all(database), *found]))
+        found.sort(key=lambda results: results.environment.date)
+    host = database / "host.json"
+    return found, json.loads(host.read_text()) if host.exists() else None
+
+
+def _say_if_not_shown(sent: Path, results: Sequence[Results]) -> None:
+    own = read(sent)
+    shown = _newest(results).get(own.environment.gpu)
+    if own != shown:
+        why = "a smoke test failed"
+        if shown is not None and not smoke_tests_failed(own):
+            why = f"those of {shown.environment.date} are newer"
+        print(f"{sent} is not shown: {own.environment.gpu}, {own.environment.date}; {why}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page and its plots, and prints their names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", default="bench/results", help="default bench/results")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=DATABASE,
+        help=f"a database, default {DATABASE}; or a file, which is shown with that one",
+    )
     parser.add_argument("--docs", default="docs", help="folder to write into, default docs")
     parser.add_argument("--readme", default="README.md", help="default README.md")
     options = parser.parse_args(arguments)
     try:
-        results, readme = read_all(options.results), Path(options.readme)
+        results, host = _with_database(options.results)
+        readme = Path(options.readme)
         measured = measured_in_readme(results, options.docs)
         text = with_measured(readme.read_text(encoding="utf-8"), measured)
-        for path in render(results, options.docs, _host(options.results)):
+        for path in render(results, options.docs, host):
             print(path)
         write_text(readme, text)
         print(readme)
+        if options.results.is_file():
+            _say_if_not_shown(options.results, results)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
 

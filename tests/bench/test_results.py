@@ -189,8 +189,9 @@ def headline_rows(frozen=100.0, ours=107.0):
     return rows
 
 
-def test_the_file_that_was_sent_becomes_the_readmes_plot(tmp_path, capsys):
+def test_the_file_that_was_sent_becomes_the_readmes_plot(tmp_path, monkeypatch):
     sent = write(tmp_path / "db", WHERE, headline_rows())
+    monkeypatch.chdir(ROOT)  # whose database is shown too
     readme = tmp_path / "README.md"
     readme.write_text(f"# A\n{report_tool.BEGIN}\nold\n{report_tool.END}\nB\n")
     docs = tmp_path / "docs"
@@ -202,6 +203,43 @@ def test_the_file_that_was_sent_becomes_the_readmes_plot(tmp_path, capsys):
     assert "1.07× (107 µs)" in text
     assert f"({docs}/images/nvidia-rtx-a6000-headline.png)" in text
     assert (docs / "images" / "nvidia-rtx-a6000-headline.png").exists()
+
+
+@pytest.fixture
+def database(tmp_path, monkeypatch):
+    """A checkout whose database has results of another GPU, and of the host."""
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text(f"{report_tool.BEGIN}\n{report_tool.END}\n")
+    database = Path("bench/results")
+    write(database, dataclasses.replace(WHERE, gpu="NVIDIA L40S"), headline_rows(ours=119.0))
+    host = (ROOT / "bench" / "results" / "host.json").read_text()
+    (database / "host.json").write_text(host)
+    return database
+
+
+def test_a_file_that_was_sent_is_shown_beside_what_the_database_has(database):
+    sent = write("sent", WHERE, headline_rows())
+    report_tool.main(["--results", str(sent)])
+    page, readme = Path("docs/benchmarks.md").read_text(), Path("README.md").read_text()
+    for text in (page, readme):
+        assert "1.07× (107 µs)" in text
+        assert "1.19× (119 µs)" in text
+    assert "## What an adapter costs the host" in page
+
+
+def test_a_file_that_is_not_shown_is_named(database, capsys):
+    write(database, dataclasses.replace(WHERE, date="2026-02-01T00:00Z"), headline_rows())
+    sent = write("sent", WHERE, headline_rows(ours=131.0))
+    report_tool.main(["--results", str(sent)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        f"{sent} is not shown: NVIDIA RTX A6000, 2026-01-02T03:04Z; "
+        "those of 2026-02-01T00:00Z are newer"
+    )
+    red = Row("tests", "", 0, 0, "", "smoke", "passed", "", 0.0, "1")
+    write("sent", WHERE, [red])
+    report_tool.main(["--results", str(sent)])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("a smoke test failed")
 
 
 def test_numbers_of_a_cpu_or_of_red_tests_are_not_shown(tmp_path):
