@@ -1,0 +1,3 @@
+from lorasb_kernels.ops.experts.api import experts_linear
+
+__all__ = ["experts_linear"]
