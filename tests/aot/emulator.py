@@ -109,7 +109,8 @@ def emulated(
             _replace(stack, module, name, kernel)
         for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
             _replace(stack, module, "architecture", lambda device: arch)
-        _replace(stack, factor_gradient, "architecture", lambda device: arch)
+        for module in (factor_gradient, expand_descriptor):
+            _replace(stack, module, "architecture", lambda device: arch)
         for module in (factor_gradient, projection, sign_matmul, expand_descriptor):
             _replace(stack, module, "multiprocessors", lambda device: multiprocessors)
         yield log

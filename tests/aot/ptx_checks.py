@@ -245,7 +245,7 @@ def check_expand_descriptor(arch):
     """
     tile = ExpandTile(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
     forward = expand_arguments(200, 136, 200, 40, False, 0.0)
-    assert resident_blocks(tile, BF16, 1) < 4 * 3, "fewer blocks than tiles"
+    assert resident_blocks(tile, BF16, arch, 1) < 4 * 3, "fewer blocks than tiles"
     dx = expand_arguments(200, 136, 72, 24, True, 0.0)
     masked = expand_arguments(70, 136, 72, 24, True, 0.3)
     x, weight, p, factor, *rest = dx

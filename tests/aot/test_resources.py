@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from lorasb_kernels.ops.triton.projection_tiles import projection_tile
-from lorasb_kernels.ops.triton.tiles import ARCHITECTURES, rank_tiles
+from lorasb_kernels.ops.triton.tiles import (
+    ARCHITECTURES,
+    descriptor_candidates,
+    rank_tiles,
+    resident_blocks,
+)
 from tests.aot.process import run_compiling
 
 KERNELS = ("projection", "gradient", "expand", "factor_gradient")
@@ -133,8 +138,12 @@ def test_tensor_maps(arch):
     kernel = ("--kernel", "expand_descriptor", "--case", "forward|dx, dropout")
     found = reports("--arch", arch, "--dtype", "bfloat16", *kernel)
     assert len(found) == {"sm_90": 6, "sm_100": 5, "sm_120": 4}[arch], "every tile that is measured"
+    tiles = {str(tile): tile for tile in descriptor_candidates(arch, torch.bfloat16, False)}
     for report in found:
         assert_fits(report)
+        if report["case"] == "forward":  # as many blocks are launched as the device holds
+            blocks = resident_blocks(tiles[report["tile"]], torch.bfloat16, arch, 1)
+            assert blocks == report["blocks_per_sm"], report
 
 
 @pytest.mark.slow

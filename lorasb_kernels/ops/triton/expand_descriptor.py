@@ -27,7 +27,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lorasb_kernels.ops.dropout import keep_threshold
 from lorasb_kernels.ops.precision import dot_precision
 from lorasb_kernels.ops.triton.parts import GROUP_M, grouped_tile, keep_mask, launch_guard
-from lorasb_kernels.ops.triton.tiles import ExpandTile, multiprocessors, resident_blocks
+from lorasb_kernels.ops.triton.tiles import (
+    ExpandTile,
+    architecture,
+    multiprocessors,
+    resident_blocks,
+)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
@@ -168,7 +173,8 @@ def descriptor_expand(x, weight, p, factor, bias, dropout, seed, tile: ExpandTil
     tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
     programs = tiles
     if dropout == 0:
-        programs = min(tiles, resident_blocks(tile, x.dtype, multiprocessors(x.device)))
+        device = architecture(x.device), multiprocessors(x.device)
+        programs = min(tiles, resident_blocks(tile, x.dtype, *device))
     with launch_guard(y):
         expand_descriptor_kernel[(programs,)](
             x_desc,

@@ -15,9 +15,12 @@ import torch
 from lorasb_kernels.ops.triton.route_files import Measured, Timed, say_once
 from lorasb_kernels.ops.triton.tiles import (
     EXPAND_CANDIDATES,
+    RESERVED_SHARED,
+    SHARED_BYTES,
     ExpandTile,
     descriptor_candidates,
     expand_tile,
+    operand_bytes,
 )
 from lorasb_kernels.utils.timing import Call, copies_past_cache, interleave, median
 
@@ -29,8 +32,6 @@ Candidates = Sequence[tuple[str, ExpandTile]]
 # Share of the norm by which a result differs from that of the two calls if it is no rounding.
 WRONG = 0.05
 SHORT_LIST = 3  # tiles of a route that are tried unless all are asked for
-# Of one block.
-SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 bursts: Timer = functools.partial(interleave, rounds=5)
 
@@ -67,10 +68,7 @@ def candidates(
 
 
 def _fits(tile: ExpandTile, arch: str, dtype: torch.dtype) -> bool:
-    """Where the tensor cores read registers, the last of the stages is in registers only."""
-    buffers = tile.num_stages - (arch not in ("sm_90", "sm_100"))
-    stage = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
-    return arch not in SHARED_KB or buffers * stage <= 1024 * SHARED_KB[arch]
+    return operand_bytes(tile, dtype, arch) <= SHARED_BYTES[arch] - RESERVED_SHARED
 
 
 def measure(operands: tuple, runs: Runs, tried: Candidates, timer: Timer = bursts) -> Measured:

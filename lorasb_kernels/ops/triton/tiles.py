@@ -50,6 +50,18 @@ MULTIPROCESSORS = {
     "sm_100": 148,
     "sm_120": 170,
 }
+# Of a multiprocessor, and what of it a block takes beside its own (CUDA programming guide,
+# technical specifications per compute capability).
+SHARED_BYTES = {
+    INTERPRETER: 100 << 10,
+    "sm_80": 164 << 10,
+    "sm_86": 100 << 10,
+    "sm_89": 100 << 10,
+    "sm_90": 228 << 10,
+    "sm_100": 228 << 10,
+    "sm_120": 100 << 10,
+}
+RESERVED_SHARED = 1 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +150,22 @@ def row_splits(M: int, tile: GradientTile) -> tuple[int, int]:
     return -(-steps // steps_per_split), steps_per_split * tile.BLOCK_M
 
 
-def resident_blocks(tile: ExpandTile, dtype: torch.dtype, multiprocessors: int) -> int:
-    """How many blocks of `expand` by tensor maps a device holds: by shared memory, of 227 KB."""
-    stage = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K
-    half = tile.BLOCK_M * tile.BLOCK_N // 2  # of the result, on its way out
-    shared = (tile.num_stages * stage + half) * dtype.itemsize
-    return multiprocessors * max(1, 227 * 1024 // (shared + 2048))
+def operand_bytes(tile: ExpandTile, dtype: torch.dtype, arch: str) -> int:
+    """Shared memory of the operands' stages in a block of `expand`.
+
+    Where the tensor cores read registers, the last of the stages is in registers only.
+    """
+    buffers = tile.num_stages - (arch not in ("sm_90", "sm_100"))
+    return buffers * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
+
+
+def resident_blocks(tile: ExpandTile, dtype: torch.dtype, arch: str, multiprocessors: int) -> int:
+    """How many blocks of `expand` by tensor maps a device holds: by its shared memory."""
+    # On its way out is half of the result, from tensor memory up to all of it.
+    result = tile.BLOCK_M * tile.BLOCK_N * dtype.itemsize // (1 if arch == "sm_100" else 2)
+    barriers = 1024  # at most
+    block = operand_bytes(tile, dtype, arch) + result + barriers + RESERVED_SHARED
+    return multiprocessors * max(1, SHARED_BYTES[arch] // block)
 
 
 @functools.cache
@@ -256,6 +278,8 @@ __all__ = [
     "GROUP_M",
     "INTERPRETER",
     "MULTIPROCESSORS",
+    "RESERVED_SHARED",
+    "SHARED_BYTES",
     "ExpandTile",
     "GradientTile",
     "architecture",
@@ -264,6 +288,7 @@ __all__ = [
     "expand_tile",
     "gradient_tile",
     "multiprocessors",
+    "operand_bytes",
     "rank_tiles",
     "resident_blocks",
     "row_splits",
