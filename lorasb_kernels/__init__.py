@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from lorasb_kernels import init as init
     from lorasb_kernels.adaptation import adapt as adapt
     from lorasb_kernels.adaptation import merge_and_unload as merge_and_unload
+    from lorasb_kernels.base_model import adapters_disabled as adapters_disabled
+    from lorasb_kernels.base_model import reference_model as reference_model
     from lorasb_kernels.config import LoRASBConfig as LoRASBConfig
     from lorasb_kernels.description import describe as describe
     from lorasb_kernels.init import EstimationOptions as EstimationOptions
     from lorasb_kernels.init import SignMatrix as SignMatrix
+    from lorasb_kernels.io.cores import load_cores as load_cores
+    from lorasb_kernels.io.cores import sync_cores as sync_cores
     from lorasb_kernels.io.load import load_adapter as load_adapter
     from lorasb_kernels.io.merge_checkpoint import merge_checkpoint as merge_checkpoint
     from lorasb_kernels.io.peft_export import export_peft as export_peft
@@ -43,15 +47,19 @@ _HOME = {
     "PackedCores": "lorasb_kernels.optim.packed_cores",
     "PreconditionedAdamW": "lorasb_kernels.optim.preconditioned",
     "adapt": "lorasb_kernels.adaptation",
+    "adapters_disabled": "lorasb_kernels.base_model",
     "build_info": "lorasb_kernels.ops.extension",
     "describe": "lorasb_kernels.description",
     "explain": "lorasb_kernels.ops.explain",
     "export_peft": "lorasb_kernels.io.peft_export",
     "import_peft": "lorasb_kernels.io.peft_import",
     "load_adapter": "lorasb_kernels.io.load",
+    "load_cores": "lorasb_kernels.io.cores",
     "merge_and_unload": "lorasb_kernels.adaptation",
     "merge_checkpoint": "lorasb_kernels.io.merge_checkpoint",
+    "reference_model": "lorasb_kernels.base_model",
     "save_adapter": "lorasb_kernels.io.save",
+    "sync_cores": "lorasb_kernels.io.cores",
 }
 
 _MODULES = ("functional", "init")

@@ -23,7 +23,7 @@ ROOMS = (
     ("cli",),
     ("train",),
     ("integrations", "optim", "profiling"),
-    ("adaptation", "description"),
+    ("adaptation", "base_model", "description"),
     ("io",),
     ("init",),
     ("targets",),

@@ -53,6 +53,7 @@ class AdaptedLinear(nn.Linear):
 
     trained: ClassVar[tuple[str, ...]] = ()
     optimal_gradient = False
+    disabled = False  # set by `adapters_disabled`
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     lora_R: torch.Tensor | None
@@ -251,10 +252,16 @@ class AdaptedLinear(nn.Linear):
         """What is passed to the operation as W."""
         return self.matrix
 
+    def frozen_output(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + bias, [..., m], without the adapter."""
+        return F.linear(x, self.matrix, self.bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [..., n] to [..., m]."""
         if self.merged:
             return F.linear(x, self.matrix, self.bias)
+        if self.disabled:
+            return self.frozen_output(x)
         if self.shared_input is not None:
             output = self.shared_input.forward(self, x)
             if output is not None:

@@ -29,6 +29,10 @@ class _Quantized(AdaptedLinear):
         shape = (self.out_features, self.in_features)
         return FrozenLayer(shape, self.base_layer, self.dense_weight)
 
+    def frozen_output(self, x: torch.Tensor) -> torch.Tensor:
+        """What the quantized layer computes, [..., m], without the adapter."""
+        return self.base_layer(x)
+
     def dense_weight(self) -> torch.Tensor:
         """W [m, n], dequantized."""
         return dense_weight(self.base_layer)

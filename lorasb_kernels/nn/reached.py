@@ -56,9 +56,9 @@ class _Watch:
             name: layer for name, held in self.pending.items() if (layer := held()) is not None
         }
         missing = [name for name, layer in layers.items() if not _has_gradient(layer)]
-        if len(missing) == self.count:
-            return True  # a step of another model
         first = len(self.pending) == self.count
+        if first and len(missing) == len(layers):
+            return bool(layers)  # a step of another model; this one may be gone, or half collected
         for name, layer in layers.items():
             layer.reached = name not in missing
         self.pending = {name: self.pending[name] for name in missing}

@@ -16,11 +16,13 @@ from torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor
 from lorasb_kernels import (
     LoRASBConfig,
     adapt,
+    adapters_disabled,
     describe,
     explain,
     load_adapter,
     merge_and_unload,
     merge_checkpoint,
+    reference_model,
     save_adapter,
 )
 from lorasb_kernels.functional import lorasb_linear
@@ -172,6 +174,20 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(kind):
     assert losses[-1] < losses[0]
     for name, layer in adapted_layers(model).items():
         assert torch.equal(dense_weight(layer), frozen[name])
+
+
+@KINDS
+def test_without_its_adapters_it_is_the_quantized_base(kind):
+    base = quantized(kind).eval()
+    batch = {"input_ids": batches("llama")[0]["input_ids"]}
+    expected = base(**batch).logits
+    model = adapt(base, LoRASBConfig(r=4, init="orthogonal"), progress=False)
+    for layer in adapted_layers(model).values():
+        layer.lora_R.data.fill_(0.1)
+    assert not torch.equal(model(**batch).logits, expected)
+    with adapters_disabled(model):
+        assert torch.equal(model(**batch).logits, expected)
+    assert torch.equal(reference_model(model)(**batch).logits, expected)
 
 
 @KINDS

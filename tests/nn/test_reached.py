@@ -117,6 +117,17 @@ def test_steps_of_another_model_say_nothing(model):
     assert set(reached(model).values()) == {None}
 
 
+def test_a_model_of_which_a_layer_is_left_says_nothing(model):
+    kept = model.called
+    del model.called, model.read, model.rare
+    other = nn.Linear(4, 4)
+    other(torch.randn(2, 4)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert kept.reached is None
+
+
 def test_packed_cores_are_seen(model):
     packed = PackedCores(model)
     with pytest.warns(UnreachedLayerWarning, match="such as read"):
