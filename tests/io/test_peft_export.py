@@ -1,6 +1,7 @@
 """The exported directory, loaded by the real peft into a fresh base model."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorasb_kernels import LoRASBConfig, adapt, export_peft, merge_and_unload
+from lorasb_kernels.io.peft_export import ServingWarning
 from lorasb_kernels.targets import adapted_layers
 from tests.models import batches, build
 
@@ -74,11 +76,44 @@ def test_saved_modules_can_be_left_behind(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] is None
 
 
+@pytest.mark.parametrize(("rank", "written"), [("vllm", 8), (5, 5), (4, 4), (None, 4)])
+def test_a_padded_rank_is_the_same_adapter(rank, written, tmp_path):
+    model = trained("llama")
+    export_peft(model, tmp_path, rank=rank)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == written
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert {m.r["default"] for m in loaded.modules() if hasattr(m, "lora_A")} == {written}
+    batch = batches("llama")[0]
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_the_base_can_be_named(tmp_path):
+    export_peft(trained("llama"), tmp_path, base_model="someone/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/base"
+
+
+def test_what_servers_will_not_take_is_said(tmp_path):
+    model = trained("llama", modules_to_save=("norm",))
+    with pytest.warns(ServingWarning, match="vLLM will refuse the adapter for the whole modules n"):
+        export_peft(model, tmp_path)
+    with pytest.warns(ServingWarning, match="rank is 600, and --max-lora-rank ends at 512"):
+        export_peft(model, tmp_path, saved_modules=False, rank=600)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_peft(model, tmp_path, saved_modules=False)
+        export_peft(trained("roberta", modules_to_save=("classifier",)), tmp_path)
+
+
 def test_what_cannot_be_exported_writes_nothing(tmp_path):
     model = trained("llama")
     layer = next(iter(adapted_layers(model).values()))
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; expected one of torch\.float32"):
         export_peft(model, tmp_path, dtype=torch.int8)
+    for rank in (3, "sglang"):
+        with pytest.raises(ValueError, match=f"rank is {rank!r}; expected .vllm. or an integer"):
+            export_peft(model, tmp_path, rank=rank)
     with torch.no_grad():
         layer.lora_R[0, 0] = 1e9
     with pytest.raises(ValueError, match=r"is not finite in torch\.float16; nothing"):
