@@ -17,7 +17,7 @@ from lorasb_kernels.ops.triton.expand import RUN
 from lorasb_kernels.ops.triton.expand_dual import has_dual
 from lorasb_kernels.ops.triton.expand_route import forget_routes
 from lorasb_kernels.ops.triton.route_decision import shape_of, takes_tensor_maps
-from lorasb_kernels.ops.triton.route_files import DeviceFile, Measured, device_file
+from lorasb_kernels.ops.triton.route_files import DeviceFile, Measured, device_file, say_once
 from lorasb_kernels.ops.triton.route_measuring import Timer, bursts, candidates, measure
 
 
@@ -42,6 +42,10 @@ def tune(
         timer: seconds of each call, see `route_measuring.bursts`.
         progress: called with a line for each product.
 
+    A product for which there is no memory is left out, and named at the end with how many there
+    are: by `progress`, or in the log. So is one of whose routes one has no memory, as a choice
+    among the others would be kept for good.
+
     Returns:
         The new entries by shape key. What the file has already is not measured again, unless all
         tiles are asked for or `LORASB_TUNE` is `now`.
@@ -61,25 +65,58 @@ def tune(
     say = progress or (lambda line: None)
     anew = all_tiles or tuning_mode() == "now"
     new: dict[str, Measured] = {}
+    without_memory: list[str] = []
     for layer in layers:
         for transposed in (False, True):
-            operands = random_operands(layer, transposed, dtype, device)
-            x, weight, p, factor, _, dropout, _ = operands
-            key = shape_of(x, weight, p, dropout).key
-            if key in new:
+            key = _key(layer, transposed, dtype)
+            if key in new or key in without_memory:
                 continue
             if not anew and key in kept.read():
                 say(f"{key}: measured before")
                 continue
-            described = takes_tensor_maps(x, weight, p, factor)
-            dual = described and has_dual(device, dtype)
-            tried = candidates(kept.arch, dtype, dropout > 0, described, dual, all_tiles)
-            # Kept at once, so that an interrupted run has lost nothing.
-            new |= kept.add({key: measure(operands, RUN, tried, timer)}, replace=anew)
-            times = {name: timed.microseconds for name, timed in new[key].routes.items()}
-            say(f"{key}: {min(times, key=times.get)}, microseconds {times}")
+            try:
+                found = _measured(layer, transposed, dtype, device, kept.arch, all_tiles, timer)
+            except torch.OutOfMemoryError:
+                without_memory.append(key)
+            else:
+                # Kept at once, so that an interrupted run has lost nothing.
+                new |= kept.add({key: found}, replace=anew)
+                times = {name: timed.microseconds for name, timed in new[key].routes.items()}
+                say(f"{key}: {min(times, key=times.get)}, microseconds {times}")
+                continue
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what the product that failed has left
+    if without_memory:
+        tried = len(new) + len(without_memory)
+        (progress or say_once)(
+            f"not measured, out of memory: {len(without_memory)} of {tried} products: "
+            f"{', '.join(without_memory)}"
+        )
     forget_routes()
     return new
+
+
+def _key(layer: LayerShape, transposed: bool, dtype: torch.dtype) -> str:
+    """The class of a product; takes no memory."""
+    x, weight, p, _, _, dropout, _ = random_operands(layer, transposed, dtype, torch.device("meta"))
+    return shape_of(x, weight, p, dropout).key
+
+
+def _measured(
+    layer: LayerShape,
+    transposed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    arch: str,
+    all_tiles: bool,
+    timer: Timer,
+) -> Measured:
+    operands = random_operands(layer, transposed, dtype, device)
+    x, weight, p, factor, _, dropout, _ = operands
+    described = takes_tensor_maps(x, weight, p, factor)
+    dual = described and has_dual(device, dtype)
+    tried = candidates(arch, dtype, dropout > 0, described, dual, all_tiles)
+    return measure(operands, RUN, tried, timer)
 
 
 def random_operands(

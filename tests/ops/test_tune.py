@@ -95,6 +95,46 @@ def test_what_was_measured_outlives_an_interruption(cut_short_after):
     assert len(device_file().read()) == cut_short_after
 
 
+def without_memory_for(monkeypatch, route, N, K):
+    """The operator of a route has no memory for products of this shape, as on a small device."""
+    runs = RUN[route]
+
+    def operator(x, weight, *others):
+        if tuple(weight.shape) == (N, K):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return runs(x, weight, *others)
+
+    monkeypatch.setitem(RUN, route, operator)
+
+
+@pytest.mark.parametrize("route", ["two_call", "fused"])
+def test_a_shape_without_memory_is_left_out_named_once_and_the_others_are_measured(
+    route, monkeypatch, caplog
+):
+    lines = []
+    with monkeypatch.context() as on_a_small_device:
+        without_memory_for(on_a_small_device, route, 24, 40)
+        new = tuned([*LAYERS, *LAYERS], StubTimer("fused"), progress=lines.append)
+    # Of each number of rows, [24, 40] plain and transposed.
+    assert len(new) == len(lines[:-1]) == 2 * len(LAYERS) - 4
+    assert device_file().read().keys() == new.keys()
+    assert not any("N=24 K=40" in key for key in new)
+    assert lines[-1].startswith("not measured, out of memory: 4 of 8 products: ")
+    assert lines[-1].count("N=24 K=40") == 4
+    assert not caplog.messages
+
+    again = tuned(LAYERS, StubTimer("fused"))
+    assert all("N=24 K=40" in key for key in again), "the memory is there now"
+
+
+def test_without_a_progress_what_has_no_memory_is_logged(monkeypatch, caplog):
+    without_memory_for(monkeypatch, "two_call", 24, 40)
+    tuned(LAYERS[:1], StubTimer("fused"))
+    assert [m.partition(" products")[0] for m in caplog.messages] == [
+        "not measured, out of memory: 1 of 2"
+    ]
+
+
 def test_it_needs_a_gpu_and_leave_to_measure(monkeypatch):
     with pytest.raises(RuntimeError, match="device is cpu; expected a CUDA device"):
         tune(LAYERS, device="cpu")
