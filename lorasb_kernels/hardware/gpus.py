@@ -53,7 +53,7 @@ class Gpu:
 
     Args:
         key: short name, as `--gpu` takes it.
-        device_name: the name that the driver reports, or its beginning.
+        device_name: the name that the driver reports.
         arch: `"sm_86"` and so on.
         multiprocessors: number of SMs.
         memory_gb: device memory, 10⁹ bytes.
@@ -234,14 +234,20 @@ def find_gpu(name: str) -> Gpu:
     """The GPU with this key, with or without its `rtx`, or with the name that the driver gives.
 
     Raises:
-        ValueError: an unknown GPU.
+        ValueError: an unknown GPU, or a part of a name: other devices' names begin with it, or it
+            begins with theirs, as "NVIDIA GeForce RTX 4090 Laptop GPU" does.
     """
+    wanted = name.lower()
     for gpu in GPUS.values():
-        if name.lower() in (gpu.key, gpu.key.removeprefix("rtx")):
+        if wanted in (gpu.key, gpu.key.removeprefix("rtx"), gpu.device_name.lower()):
             return gpu
-        if name.startswith(gpu.device_name):
-            return gpu
-    raise ValueError(f"gpu is {name!r}; expected one of {', '.join(GPUS)}")
+    alike = [
+        f"{gpu.key} ({gpu.device_name})"
+        for gpu in GPUS.values()
+        if wanted and (wanted in gpu.device_name.lower() or gpu.device_name.lower() in wanted)
+    ]
+    expected = "the whole name of one of " if alike else "one of "
+    raise ValueError(f"gpu is {name!r}; expected {expected}{', '.join(alike or GPUS)}")
 
 
 __all__ = ["GPUS", "OF_ARCHITECTURE", "RATES", "Gpu", "Rates", "find_gpu"]

@@ -83,6 +83,21 @@ def test_gpus_are_found_by_key_and_by_device_name():
         find_gpu("abacus")
 
 
+@pytest.mark.parametrize(
+    ("name", "candidates"),
+    [
+        ("NVIDIA H", ["h100 (NVIDIA H100 80GB HBM3)", "h200 (NVIDIA H200)"]),
+        ("NVIDIA H100", ["h100 (NVIDIA H100 80GB HBM3)"]),
+        ("NVIDIA H200 NVL", ["h200 (NVIDIA H200)"]),  # of other bandwidth
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", ["rtx4090 (NVIDIA GeForce RTX 4090)"]),
+    ],
+)
+def test_a_part_of_a_gpus_name_is_refused_with_the_candidates(name, candidates):
+    with pytest.raises(ValueError, match=f"gpu is {name!r}; expected") as raised:
+        find_gpu(name)
+    assert str(raised.value).endswith(f"the whole name of one of {', '.join(candidates)}")
+
+
 def test_datasheet_rate_follows_the_dtype():
     a6000 = GPUS["a6000"]
     assert datasheet_ceilings(a6000, "float32").rate < datasheet_ceilings(a6000, "bfloat16").rate
