@@ -2,15 +2,18 @@
 
     python -m bench.extension
 
-Does nothing if the extension is newer than its sources, and without `nvcc`. Never fails: the
-benchmarks of the other backends do not need it.
+Does nothing if the extension is newer than its sources and has code for the GPU, and without
+`nvcc`. Never fails: the benchmarks of the other backends do not need it.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from lorasb_kernels.ops.extension import build_info
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,11 +23,29 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def up_to_date() -> bool:
-    """Whether the extension exists and is newer than its sources."""
+def up_to_date(architectures: str | None) -> bool:
+    """Whether the extension exists, is newer than its sources and was built for architectures.
+
+    Args:
+        architectures: in the form of TORCH_CUDA_ARCH_LIST; None if there is no GPU.
+    """
     library = ROOT / "lorasb_kernels" / "_C.so"
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("**/*.*"))
-    return library.exists() and library.stat().st_mtime >= newest
+    if not library.exists() or library.stat().st_mtime < newest:
+        return False
+    if architectures is None:
+        return True
+    try:
+        built = build_info().get("architectures") or ""
+    except AttributeError:  # of an earlier version of the library
+        return False
+    return covers(built, architectures)
+
+
+def covers(built: str, wanted: str) -> bool:
+    """Whether there is code of its own for every architecture, not of an earlier one."""
+    number = re.compile(r"\d+\.\d+")
+    return set(number.findall(wanted)) <= set(number.findall(built))
 
 
 def this_architecture() -> str | None:
@@ -40,7 +61,7 @@ def this_architecture() -> str | None:
 def main() -> None:
     """Builds it, or says why not."""
     architecture = os.environ.get("TORCH_CUDA_ARCH_LIST") or this_architecture()
-    if up_to_date():
+    if up_to_date(architecture):
         print("CUDA extension: up to date")
     elif architecture is None:
         print("CUDA extension: not built, there is no GPU")

@@ -186,8 +186,50 @@ def test_lorafusions_cases_are_among_the_others():
 )
 def test_without_an_extension_the_run_goes_on(architecture, nvcc, said, monkeypatch, capsys):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(extension, "up_to_date", lambda: False)
+    monkeypatch.setattr(extension, "up_to_date", lambda architecture: False)
     monkeypatch.setattr(extension, "this_architecture", lambda: architecture)
     monkeypatch.setattr(extension, "find_tool", lambda name: nvcc)
     extension.main()
     assert capsys.readouterr().out == f"CUDA extension: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "up_to_date"),
+    [
+        ("8.6", True),
+        ("8.9", False),  # 8.6's code runs there; its own is what is measured
+        ("12.0", False),
+        ("8.6;9.0", True),
+        ("8.6;8.9", False),
+        (None, True),
+    ],
+)
+def test_an_extension_for_another_gpu_is_built_anew(
+    architecture, up_to_date, monkeypatch, tmp_path
+):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "shrink.cu").touch()
+    (tmp_path / "lorasb_kernels").mkdir()
+    monkeypatch.setattr(extension, "ROOT", tmp_path)
+    monkeypatch.setattr(extension, "build_info", lambda: {"architectures": "8.6;9.0+PTX"})
+    assert not extension.up_to_date(architecture), "there is none"
+    library = tmp_path / "lorasb_kernels" / "_C.so"
+    library.touch()
+    assert extension.up_to_date(architecture) == up_to_date
+    os.utime(library, (0, 0))
+    assert not extension.up_to_date(architecture), "older than its sources"
+
+
+def earlier_version():
+    raise AttributeError("undefined symbol: lorasb_versions")
+
+
+@pytest.mark.parametrize("info", [lambda: {"extension": None, "reason": "no"}, earlier_version])
+def test_an_extension_that_does_not_load_is_built_anew(info, monkeypatch, tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "shrink.cu").touch()
+    (tmp_path / "lorasb_kernels").mkdir()
+    (tmp_path / "lorasb_kernels" / "_C.so").touch()
+    monkeypatch.setattr(extension, "ROOT", tmp_path)
+    monkeypatch.setattr(extension, "build_info", info)
+    assert not extension.up_to_date("8.6")
