@@ -9,6 +9,8 @@ import bitsandbytes
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,6 +34,7 @@ from lorasb_kernels import (
     merge_checkpoint,
     save_adapter,
 )
+from lorasb_kernels.integrations.peft import LoRASBPeftConfig
 from lorasb_kernels.targets import adapted_layers
 from lorasb_kernels.train.methods import prepare
 from lorasb_kernels.train.output_folder import claim, difference, locked
@@ -186,6 +189,21 @@ def quantized_in_the_trainer(folder, patch):
     model = build("llama")
     model.is_quantized = True
     Trainer(model, TrainingArguments(output_dir=str(folder), use_cpu=True))
+
+
+PLUG_IN = LoRASBPeftConfig(r=4, target_modules=["q_proj"])
+
+
+@error
+def plug_in_not_imported(folder, patch):
+    get_peft_model(build("llama"), PLUG_IN).save_pretrained(folder)
+    patch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORASB)  # as before the import
+    PeftModel.from_pretrained(build("llama"), folder)
+
+
+@error
+def plug_in_without_gradients(folder, patch):
+    get_peft_model(build("llama"), PLUG_IN)(**batches("llama")[0])
 
 
 @error

@@ -4,9 +4,13 @@ Importing this module registers the method with peft; also import it before
 `PeftModel.from_pretrained`. Saving, loading, named adapters, `disable_adapter()` and
 `merge_and_unload()` are peft's own. The layers run this library's fused operation; several active
 adapters run as one adapter of the summed rank.
+
+peft 0.21 has no entry points by which an installed package could register itself, so the import
+cannot be left out.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +38,7 @@ from lorasb_kernels.quantization import (
     quantization_of,
     weight_dtype,
 )
-from lorasb_kernels.targets import computes_linear
+from lorasb_kernels.targets.obstacles import obstacles
 
 METHOD = "lorasb"
 DEFAULTS = EstimationOptions()
@@ -57,8 +61,8 @@ class LoRASBPeftConfig(PeftConfig):
     """Configuration of a LoRA-SB or LoRA-XS adapter in peft.
 
     Fields are those of `LoRASBConfig`; `target_modules` and the fields that select layers are
-    peft's. With `init="lora-sb"` the adapter starts as `"orthogonal"` until
-    `initialize_from_gradients` is called, because peft's interface takes no batches.
+    peft's. With `init="lora-sb"` the adapter is zero until `initialize_from_gradients` is called,
+    because peft's interface takes no batches; training it before is an error.
     """
 
     r: int = 16
@@ -101,7 +105,7 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lorasb_R",)
-    other_param_names = ("lorasb_A", "lorasb_B", "lorasb_config")
+    other_param_names = ("lorasb_A", "lorasb_B", "lorasb_config", "lorasb_initialized")
 
     def __init__(self, base_layer: nn.Linear, name: str):
         super().__init__()
@@ -115,6 +119,7 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
         self.lorasb_A = BufferDict(persistent=True)
         self.lorasb_B = BufferDict(persistent=True)
         self.lorasb_config: dict[str, LoRASBConfig] = {}
+        self.lorasb_initialized: dict[str, bool] = {}  # False: LoRA-SB before its gradients
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -138,6 +143,7 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
                 adapter = orthogonal(weight, config.r, generator)
             lora_A, lora_B, lora_R = adapter.lora_A, adapter.lora_B, adapter.lora_R
         self.lorasb_config[adapter_name] = config
+        self.lorasb_initialized[adapter_name] = config.init != "lora-sb"
         self.lorasb_R[adapter_name] = nn.Parameter(
             lora_R.to(device, torch.promote_types(dtype, torch.float32))
         )
@@ -145,12 +151,18 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
         self.lorasb_B[adapter_name] = lora_B.to(device, dtype).contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [..., n] to [..., m]."""
+        """Maps [..., n] to [..., m].
+
+        Raises:
+            ValueError: a LoRA-SB adapter is trained that was never initialized from gradients.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.lorasb_R]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x)
+        if torch.is_grad_enabled():
+            self._refuse_uninitialized(active)
         lora_A, lora_R, lora_B, scaling = self._combined(active)
         config = self.lorasb_config[active[0]]
         options = (scaling, config.dropout, self.training, config.backend)
@@ -160,6 +172,30 @@ class LoRASBLayer(nn.Module, BaseTunerLayer):
         shape = (self.out_features, self.in_features)
         weight = FrozenLayer(shape, base, partial(dense_weight, base))
         return lorasb_linear(x, weight, *adapter, None, *options)
+
+    def _refuse_uninitialized(self, names: list[str]) -> None:
+        for name in names:
+            if self.lorasb_R[name].requires_grad and not self.lorasb_initialized[name]:
+                raise ValueError(
+                    f"the LoRA-SB adapter {name!r} has seen no gradients; expected "
+                    "initialize_from_gradients(model, batches, learning_rate) before training, or "
+                    "init='orthogonal', which needs none"
+                )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A loaded adapter is initialized unless its R is still zero."""
+        for name, initialized in self.lorasb_initialized.items():
+            core = state_dict.get(f"{prefix}lorasb_R.{name}")
+            if core is None or initialized:
+                continue
+            self.lorasb_initialized[name] = bool(core.any())
+            if not self.lorasb_initialized[name]:
+                warnings.warn(
+                    f"the LoRA-SB adapter {name!r} was saved before it saw gradients: it leaves "
+                    "the base model as it is",
+                    stacklevel=2,
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _combined(self, names: list[str]):
         """A, R, B and s of the sum of adapters: `[B₁ B₂] · diag(s₁R₁, s₂R₂) · [A₁; A₂]`."""
@@ -229,7 +265,10 @@ class LoRASBModel(BaseTuner):
     ):
         if isinstance(target, LoRASBLayer):
             layer = target
-        elif quantization_of(target) is not None or (is_linear(target) and computes_linear(target)):
+        elif quantization_of(target) is not None or is_linear(target):
+            found = obstacles(self.model, {current_key: target}, peft_config.r)
+            if found:
+                raise found[current_key].error
             layer = LoRASBLayer(target, current_key)
         else:
             raise TypeError(
@@ -283,10 +322,15 @@ def initialize_from_gradients(
             layers[name].lorasb_A[adapter_name].copy_(adapter.lora_A)
             layers[name].lorasb_R[adapter_name].copy_(adapter.lora_R)
             layers[name].lorasb_B[adapter_name].copy_(adapter.lora_B)
+            layers[name].lorasb_initialized[adapter_name] = True
 
 
 def _register() -> None:
-    """Adds the method to peft, whose enumeration of methods is closed."""
+    """Registers the method by `register_peft_method`, peft's extension point.
+
+    It accepts only names of `PeftType`, an enumeration without a way to extend it, hence the new
+    member.
+    """
     if METHOD.upper() not in PeftType.__members__:
         member = str.__new__(PeftType, METHOD.upper())
         member._name_ = member._value_ = METHOD.upper()

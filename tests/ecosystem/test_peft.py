@@ -136,6 +136,63 @@ def test_gradients_initialize_as_adapt_does():
         initialize_from_gradients(model, batches("llama"), 1e-3, adapter_name="other")
 
 
+def trained(model):
+    """One step of AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()(**BATCH).loss.backward()
+    optimizer.step()
+    return model
+
+
+REFUSED = "the LoRA-SB adapter 'default' has seen no gradients; expected initialize_from_gradients"
+
+
+def test_lora_sb_without_gradients_does_not_train():
+    model = get_peft_model(build("llama"), config(init="lora-sb"))
+    assert torch.equal(logits(model), logits(build("llama")))  # without gradients it may run
+    with pytest.raises(ValueError, match=REFUSED):
+        trained(model)
+    initialize_from_gradients(model, batches("llama"), 1e-3, progress=False)
+    assert not torch.equal(logits(trained(model)), logits(build("llama")))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_lora_sb_saved_before_its_gradients_is_known_by_its_zeros(tmp_path, low_cpu_mem_usage):
+    get_peft_model(build("llama"), config(init="lora-sb")).save_pretrained(tmp_path)
+    options = {"is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+    with pytest.warns(UserWarning, match="'default' was saved before it saw gradients"):
+        loaded = PeftModel.from_pretrained(build("llama"), tmp_path, **options)
+    with pytest.raises(ValueError, match=REFUSED):
+        trained(loaded)
+
+
+@pytest.mark.filterwarnings("error:the LoRA-SB adapter")
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_lora_sb_is_trained_on_after_loading(tmp_path, low_cpu_mem_usage):
+    model = get_peft_model(build("llama"), config(init="lora-sb"))
+    initialize_from_gradients(model, batches("llama"), 1e-3, progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        build("llama"), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(logits(trained(loaded)), logits(trained(model)))
+
+
+def test_what_adapt_refuses_is_refused():
+    tied = build("llama")
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    hooked = build("llama")
+    hooked.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    for model, target, message in (
+        (tied, "lm_head", "weight is shared with another module"),
+        (hooked, "q_proj", "has hooks, which would be lost"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapt(model, LoRASBConfig(4, (target,), "orthogonal"), progress=False)
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(model, config(target_modules=[target]))
+
+
 def test_weights_that_are_stored_transposed():
     settings = {"target_modules": ["c_attn", "c_fc"], "scaling": 0.5}
     model = get_peft_model(build("gpt2"), config(**settings)).eval()
