@@ -14,8 +14,13 @@ from lorasb_kernels.profiling.results import Environment
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Set by `make gpu` for its processes: their results have one date and commit, those of its start,
+# and with them one file.
+DATE, COMMIT = "LORASB_DATE", "LORASB_COMMIT"
+
+
 def environment(device: torch.device) -> Environment:
-    """The environment of `device` now."""
+    """The environment of `device`: of the run that this process is part of, or now."""
     on_gpu = device.type == "cuda"
     return Environment(
         gpu=torch.cuda.get_device_name(device) if on_gpu else f"cpu: {_cpu_model()}",
@@ -23,15 +28,23 @@ def environment(device: torch.device) -> Environment:
         torch=torch.__version__,
         triton=_version("triton"),
         commit=commit(),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        date=date(),
     )
 
 
+def date() -> str:
+    """`LORASB_DATE`, or the time now: UTC, ISO 8601 to the minute."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
+    return os.environ.get(DATE, now)
+
+
 def commit() -> str:
-    """The commit of the checkout, or `LORASB_COMMIT` if there is no repository."""
+    """`LORASB_COMMIT`, or the commit of the checkout."""
+    if COMMIT in os.environ:
+        return os.environ[COMMIT]
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     if not head:
-        return os.environ.get("LORASB_COMMIT", "unknown")
+        return "unknown"
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return head + ("+" if changed else "")
 
@@ -64,4 +77,4 @@ def _output(*command: str) -> str:
         return ""
 
 
-__all__ = ["commit", "environment"]
+__all__ = ["COMMIT", "DATE", "commit", "date", "environment"]

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from bench.environment import COMMIT, DATE, commit, date
 from bench.extension import find_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,12 +81,15 @@ class Session:
         dry: on the CPU with tiny shapes.
         deadline: `time.monotonic()` by which it ends.
         interrupts: how it is stopped.
+        named: the date and commit that it began with, for the environment of its processes: the
+            name of its file, also after midnight.
     """
 
     out: Path
     dry: bool
     deadline: float
     interrupts: Interrupts = field(default_factory=Interrupts)
+    named: dict[str, str] = field(default_factory=lambda: {DATE: date(), COMMIT: commit()})
 
     def run(self, *command: str, limit: float, **environment: str) -> int:
         """Runs a command with output to the screen and the log; `CUT_OFF` if it took too long."""
@@ -94,7 +98,8 @@ class Session:
         if limit <= 0:
             return CUT_OFF
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-        variables |= {"LORASB_CACHE": str(self.out / "cache"), **environment}
+        variables |= {"LORASB_CACHE": str(self.out / "cache"), **self.named}
+        variables |= environment
         if self.dry:
             variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         variables.pop("TRITON_INTERPRET", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import extension, gpu, test_linear
+from bench import environment, extension, gpu, test_linear
 from lorasb_kernels.profiling.results import read_all
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,18 @@ def test_a_part_ends_at_its_limit(session):
     assert "stopped after" in session.log.read_text()
     session.deadline = time.monotonic() - 1
     assert session.run(*gpu.python("-c", "pass"), limit=10) == gpu.CUT_OFF
+
+
+def test_one_file_holds_the_results_of_a_run_also_after_midnight(tmp_path, monkeypatch):
+    monkeypatch.setenv(environment.DATE, "2026-01-02T23:58Z")
+    session = gpu.Session(tmp_path, dry=True, deadline=time.monotonic() + 60)
+    monkeypatch.setenv(environment.DATE, "2026-01-03T00:01Z")  # what the clock of a part says
+    monkeypatch.setenv(environment.COMMIT, "of-somebody-who-committed-meanwhile")
+    gpu.show(session, "--smoke-tests", "green")
+    (path,) = tmp_path.glob("cpu*/*.json")
+    commit = session.named[environment.COMMIT].replace("+", "-changed")
+    assert path.name == f"2026-01-02-{commit}.json"
+    assert f"Send this file: {path}" in session.log.read_text()
 
 
 def test_nothing_that_a_part_started_is_waited_for(session):
