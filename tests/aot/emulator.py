@@ -23,6 +23,9 @@ from lorasb_kernels.ops.triton import (
     sign_matmul,
     weight_gradient,
 )
+from lorasb_kernels.ops.triton.experts import core_backward as experts_core_backward
+from lorasb_kernels.ops.triton.experts import expand as experts_expand
+from lorasb_kernels.ops.triton.experts import projection as experts_projection
 from ptxcheck import TritonKernel, load
 
 CHECKS = {"check_races": True, "check_uninit": True, "check_overlap": True}
@@ -102,6 +105,9 @@ def emulated(
         pack_signs: "pack_signs_kernel",
         weight_gradient: "weight_gradient_kernel",
         sign_matmul: "sign_matmul_kernel",
+        experts_projection: "experts_projection_kernel",
+        experts_expand: "experts_expand_kernel",
+        experts_core_backward: "experts_gradient_kernel",
     }
     with contextlib.ExitStack() as stack:
         for module, name in kernels.items():
@@ -110,6 +116,8 @@ def emulated(
         for module in (projection, core_backward, weight_gradient, pack_signs, sign_matmul):
             _replace(stack, module, "architecture", lambda device: arch)
         for module in (factor_gradient, expand_descriptor):
+            _replace(stack, module, "architecture", lambda device: arch)
+        for module in (experts_projection, experts_expand, experts_core_backward):
             _replace(stack, module, "architecture", lambda device: arch)
         for module in (factor_gradient, projection, sign_matmul, expand_descriptor):
             _replace(stack, module, "multiprocessors", lambda device: multiprocessors)

@@ -7,12 +7,13 @@ import sys
 
 import torch
 
-from tests.aot import fault_checks, ptx_checks, sign_ptx_checks
+from tests.aot import experts_ptx_checks, fault_checks, ptx_checks, sign_ptx_checks
 
 
 def main() -> None:
     arch, *names = sys.argv[1:]
-    checks = {**vars(ptx_checks), **vars(sign_ptx_checks), **vars(fault_checks)}
+    modules = (ptx_checks, sign_ptx_checks, experts_ptx_checks, fault_checks)
+    checks = {name: check for module in modules for name, check in vars(module).items()}
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty returns NaN
     for name in names:
         checks[f"check_{name}"](arch)

@@ -19,7 +19,7 @@ CHECKS = {
 DEFAULT = {
     "sm_86": (
         *("shrink", "core_backward", "factor_gradient", "expand", "single_precision", "bytes"),
-        *("sign_gradient", "pack_signs", "sign_matmul", "faults"),
+        *("sign_gradient", "pack_signs", "sign_matmul", "experts", "faults"),
     ),
     "sm_90": (
         *(

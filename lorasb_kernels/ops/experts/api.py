@@ -3,10 +3,15 @@
 import torch
 
 from lorasb_kernels.ops.dropout import new_seed
-from lorasb_kernels.ops.experts import reference
 from lorasb_kernels.ops.experts.checks import check_experts
+from lorasb_kernels.ops.experts.operators import (
+    experts_core_backward,
+    experts_expand,
+    experts_shrink,
+    resolve_experts_backend,
+)
 from lorasb_kernels.ops.lorasb_linear.operands import as_rows
-from lorasb_kernels.ops.precision import autocast_disabled, autocast_dtype
+from lorasb_kernels.ops.precision import autocast_dtype
 
 
 def experts_linear(
@@ -22,6 +27,7 @@ def experts_linear(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     is_transposed: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Applies E frozen linear layers with adapters to tokens sorted by expert.
 
@@ -49,6 +55,7 @@ def experts_linear(
             rest are divided by 1 − p.
         seed: int64 [1] of the dropout mask, on the device of `x`; None for a fresh one.
         is_transposed: whether `weight` is [E, n, m].
+        backend: `"auto"`, `"reference"` or `"triton"`.
 
     Returns:
         [M, m], dtype of `x`.
@@ -57,19 +64,22 @@ def experts_linear(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, a rank outside 1 … 512, tensors on different devices, a
             frozen operand that requires grad, offsets on the CPU that decrease or are outside
-            0 … M, a non-finite scaling, a dropout probability outside [0, 1).
+            0 … M, a non-finite scaling, a dropout probability outside [0, 1), an unknown backend.
+        RuntimeError: a named backend that cannot run here.
     """
     if all(isinstance(t, torch.Tensor) for t in (x, weight, A, B)):
         x, weight, A, B, bias = _autocast(x, weight, A, B, bias)
     check_experts(x, weight, A, R, B, offsets, scaling, bias, dropout_p, seed, is_transposed)
+    backend = resolve_experts_backend(backend, x.device, x.dtype)
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = new_seed(x.device)
     weight = weight.mT if is_transposed else weight
     A, B = A.to(x.dtype), B.to(x.dtype)
-    settings = (float(scaling), float(dropout_p), seed)
-    return _ExpertsFunction.apply(as_rows(x), R, A, B, weight, bias, offsets, *settings)
+    settings = (float(scaling), float(dropout_p), seed, backend)
+    operands = (as_rows(x), R, A, B, weight, bias, offsets.contiguous())
+    return _ExpertsFunction.apply(*operands, *settings)
 
 
 def _autocast(*operands):
@@ -80,22 +90,17 @@ def _autocast(*operands):
     return tuple(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in operands)
 
 
-_shrink = autocast_disabled(reference.experts_shrink)
-_expand = autocast_disabled(reference.experts_expand)
-_core_backward = autocast_disabled(reference.experts_core_backward)
-
-
 class _ExpertsFunction(torch.autograd.Function):
     """All experts as one node that saves h, and it only if R trains."""
 
     @staticmethod
-    def forward(ctx, x, R, A, B, weight, bias, offsets, scaling, dropout, seed):
-        h, p = _shrink(x, A, R, offsets, scaling, dropout, seed)
-        y = _expand(x, weight, p, B, bias, offsets, 0.0, None)
+    def forward(ctx, x, R, A, B, weight, bias, offsets, scaling, dropout, seed, backend):
+        h, p = experts_shrink(backend, x, A, R, offsets, scaling, dropout, seed)
+        y = experts_expand(backend, x, weight, p, B, bias, offsets, 0.0, None)
         ctx.save_for_backward(
             h if ctx.needs_input_grad[1] else None, R, A, B, weight, offsets, seed
         )
-        ctx.settings = (scaling, dropout)
+        ctx.settings = (scaling, dropout, backend)
         return y
 
     @staticmethod
@@ -103,15 +108,15 @@ class _ExpertsFunction(torch.autograd.Function):
     def backward(ctx, dy):
         h, R, A, B, weight, offsets, seed = ctx.saved_tensors
         trains_x, trains_R = ctx.needs_input_grad[:2]
-        scaling, dropout = ctx.settings
+        scaling, dropout, backend = ctx.settings
         dy, dx, dR = as_rows(dy), None, None
         if trains_R:
-            q, dR = _core_backward(dy, h, B, R, offsets, scaling)
+            q, dR = experts_core_backward(backend, dy, h, B, R, offsets, scaling)
         else:  # g and q have the form of h and p
-            _, q = _shrink(dy, B.mT, R.mT, offsets, scaling, 0.0, None)
+            _, q = experts_shrink(backend, dy, B.mT, R.mT, offsets, scaling, 0.0, None)
         if trains_x:
-            dx = _expand(dy, weight.mT, q, A.mT, None, offsets, dropout, seed)
-        return dx, dR, None, None, None, None, None, None, None, None
+            dx = experts_expand(backend, dy, weight.mT, q, A.mT, None, offsets, dropout, seed)
+        return dx, dR, *(None,) * 9
 
 
 __all__ = ["experts_linear"]

@@ -12,43 +12,57 @@ from tests.ops.operands import dropout_seed, same_bits
 SCALING = 0.75
 
 
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
 def run(function, arguments, **settings):
     """Output and gradients of x and R for a fixed gradient of the output."""
     y = function(**arguments, scaling=SCALING, **settings)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+    y.backward(dy.to(y.device, y.dtype))
     return y.detach(), arguments["x"].grad, arguments["R"].grad
 
 
 @pytest.mark.parametrize("tokens", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_values_and_gradients_equal_the_formula(tokens, shared, is_transposed):
+def test_values_and_gradients_equal_the_formula(tokens, shared, is_transposed, backend, device):
+    dtype = torch.float64 if backend == "reference" else torch.float32
     for bias in (False, True):
-        ours = operands(*tokens, bias=bias, shared=shared, is_transposed=is_transposed)
-        plain = leaves(ours)
-        for found, expected in zip(run(experts_linear, ours), run(formula, plain), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        settings = {"bias": bias, "shared": shared, "is_transposed": is_transposed}
+        ours = operands(*tokens, dtype=dtype, device=device, **settings)
+        exact = run(formula, widened(ours))
+        for found, expected in zip(run(experts_linear, ours, backend=backend), exact, strict=True):
+            assert found.dtype == dtype
+            tolerance = TOLERANCE[dtype]
+            torch.testing.assert_close(
+                found.cpu().double(), expected, rtol=tolerance, atol=tolerance
+            )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_is_within_the_contract_of_eager(dtype):
-    ours = operands([3, 0, 21, 9], 2, n=96, m=80, r=24, dtype=dtype, bias=True)
+# m, n, r: round and odd numbers, one rank tile and several.
+SIZES = [(80, 96, 24), (33, 70, 3), (17, 40, 96), (40, 24, 200)]
+
+
+@pytest.mark.parametrize(("m", "n", "r"), SIZES)
+def test_low_precision_is_within_the_contract_of_eager(m, n, r, dtype, backend, device):
+    ours = operands([3, 0, 41, 9], 2, n=n, m=m, r=r, dtype=dtype, device=device, bias=True)
     plain, exact = leaves(ours), widened(ours)
-    results = [run(experts_linear, ours), run(formula, plain), run(formula, exact)]
+    found = run(experts_linear, ours, backend=backend)
+    results = [found, run(formula, plain), run(formula, exact)]
     for name, found, eager, ref in zip(("y", "dx", "dR"), *results, strict=True):
         assert found.dtype == (torch.float32 if name == "dR" else dtype)
         assert_within_contract(found, eager, ref, name=name)
 
 
-def test_dropout_is_the_mask_of_the_seed():
-    ours = operands([5, 0, 8], 3)
-    plain, seed = leaves(ours), dropout_seed(ours["x"].device)
-    mask = keep_mask(*plain["x"].shape, 0.3, seed)
-    found = run(experts_linear, ours, dropout_p=0.3, seed=seed)
-    dropped = plain["x"] * mask / (1 - 0.3)
-    expected = run(formula, plain, dropped=dropped)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+def test_dropout_is_the_mask_of_the_seed(backend, device):
+    ours = operands([5, 0, 38], 3, dtype=torch.float32, device=device)
+    exact, seed = widened(ours), dropout_seed(device)
+    mask = keep_mask(*exact["x"].shape, 0.3, seed).cpu()
+    found = run(experts_linear, ours, dropout_p=0.3, seed=seed, backend=backend)
+    dropped = exact["x"] * mask / (1 - 0.3)
+    for a, b in zip(found, run(formula, exact, dropped=dropped), strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=2e-5, atol=2e-5)
 
 
 def test_a_seed_is_drawn_where_none_is_given():
@@ -67,15 +81,15 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, R: experts_linear(x=x, R=R, **arguments), (x, R))
 
 
-def test_an_expert_is_not_touched_by_the_others():
+def test_an_expert_is_not_touched_by_the_others(backend, device):
     """NaN in one expert's weights and tokens stays with its tokens and its dR."""
-    ours = operands([4, 3, 0, 5])
-    clean = run(experts_linear, leaves(ours))
+    ours = operands([4, 3, 0, 5], dtype=torch.float32, device=device)
+    clean = run(experts_linear, leaves(ours), backend=backend)
     with torch.no_grad():
         for name in ("weight", "A", "B", "R"):
             ours[name][1:3] = float("nan")  # expert 2 has no tokens
         ours["x"][4:7] = float("inf")
-    y, dx, dR = run(experts_linear, ours)
+    y, dx, dR = run(experts_linear, ours, backend=backend)
     others = [0, 1, 2, 3, 7, 8, 9, 10, 11]
     for found, expected in ((y, clean[0]), (dx, clean[1])):
         assert torch.equal(found[others], expected[others])
@@ -84,10 +98,43 @@ def test_an_expert_is_not_touched_by_the_others():
     assert not dR[2].any()
 
 
-def test_the_same_bits_twice():
-    arguments = operands([30, 0, 41], dtype=torch.bfloat16)
-    first, second = (run(experts_linear, leaves(arguments)) for _ in range(2))
+def test_the_same_bits_twice(dtype, backend, device):
+    arguments = operands([30, 0, 150], dtype=dtype, device=device)
+    first, second = (run(experts_linear, leaves(arguments), backend=backend) for _ in range(2))
     assert all(map(same_bits, first, second))
+
+
+def test_one_expert_in_many_parts(backend, device):
+    """More rows than one block of dR sums, beside experts with a part, none and a part more."""
+    ours = operands([5, 0, 300, 128, 129], 7, r=40, dtype=torch.float32, device=device)
+    exact = run(formula, widened(ours))
+    for found, expected in zip(run(experts_linear, ours, backend=backend), exact, strict=True):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_experts(backend, device):
+    tokens = [(7 * e) % 5 for e in range(33)]
+    ours = operands(tokens, dtype=torch.float32, device=device)
+    exact = run(formula, widened(ours))
+    for found, expected in zip(run(experts_linear, ours, backend=backend), exact, strict=True):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_strides(backend, device):
+    """Every operand as a view: rows apart, transposed factors, sliced weights."""
+    given = operands([5, 0, 38], 2, dtype=torch.float32, device=device)
+    expected = run(experts_linear, leaves(given), backend=backend)
+    views = dict(given)
+    for name in ("weight", "A", "B", "R"):
+        apart = torch.stack([given[name].detach()] * 2, dim=1)[:, 1]
+        views[name] = apart.mT.contiguous().mT if name in "AB" else apart
+    wide = torch.cat([given["x"].detach()] * 2, dim=1)[:, 24:].requires_grad_()
+    views["x"], views["R"] = wide, views["R"].requires_grad_()
+    y = experts_linear(**views, scaling=SCALING, backend=backend)
+    dy = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
+    found = y, *torch.autograd.grad(y, (views["x"], views["R"]), dy.T.contiguous().T)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("trains_R", [True, False])
@@ -173,6 +220,7 @@ WRONG = {
     "scaling": ({"scaling": float("nan")}, ValueError, "scaling is nan"),
     "scaling: type": ({"scaling": "1"}, TypeError, "scaling is a str"),
     "dropout_p": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+    "backend": ({"backend": "cuda"}, ValueError, "'cuda'; expected one of 'auto', 'reference'"),
     "seed": ({"dropout_p": 0.1, "seed": torch.zeros(1)}, TypeError, "seed has dtype"),
 }
 
