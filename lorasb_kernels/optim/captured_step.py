@@ -12,6 +12,8 @@ learning rate is read in each step. What a graph would freeze is none of these:
 * Dropout. The adapters' masks follow from a seed that each call draws on the device, with the
   generator whose state a graph advances when it is replayed. So does `torch.nn.Dropout`.
 * The number of micro-batches. The first of them finds the gradients at zero.
+* What layers count in their buffers, as BatchNorm does: a replay updates it. The passes before the
+  capture leave no trace in it.
 
 What cannot be captured is said before the capture, or is the cause of the error that ends it.
 """
@@ -77,6 +79,7 @@ class CapturedStep:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._device = _common_device(self._trained, batch)
         _check_capturable(model)
+        self._buffers = list(model.buffers())
         self._batch = {name: tensor.clone() for name, tensor in batch.items()}
         self._gradients = [torch.zeros_like(parameter) for parameter in self._trained]
         self._attach_gradients()
@@ -143,15 +146,14 @@ class CapturedStep:
                 )
 
     def _captured(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as a CUDA graph; what it does before the capture leaves no trace in the random
-        state of the device."""
+        """`work` as a CUDA graph; what it does before the capture leaves no trace in the model's
+        buffers and the random state of the device."""
         try:
             with torch.cuda.device(self._device), torch.random.fork_rng([self._device]):
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
-                    for _ in range(WARM_UP):
-                        work()
+                    warm_up(work, self._buffers)
                 torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self._device), torch.cuda.graph(graph):
@@ -159,6 +161,18 @@ class CapturedStep:
         except RuntimeError as error:
             raise RuntimeError(f"the step cannot be captured as a CUDA graph: {error}") from error
         return graph.replay
+
+
+def warm_up(work: Callable[[], None], buffers: Sequence[torch.Tensor]) -> None:
+    """Calls `work` as often as a capture needs it, and gives `buffers` their values back."""
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        for _ in range(WARM_UP):
+            work()
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
 
 
 def _common_device(trained: Sequence[torch.Tensor], batch: Batch) -> torch.device:

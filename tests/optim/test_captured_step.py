@@ -40,10 +40,10 @@ def batches(count, rows=5):
 
 @pytest.fixture
 def without_graphs(monkeypatch):
-    """Steps on the CPU: the work that would be captured is run once before, and in every call."""
+    """Steps on the CPU: the work that would be captured is run before, and in every call."""
 
     def captured(self, work):
-        work()
+        captured_step.warm_up(work, self._buffers)
         return work
 
     monkeypatch.setattr(CapturedStep, "_captured", captured)
@@ -97,6 +97,39 @@ def test_the_capture_leaves_no_gradients(without_graphs):
     model = Model()
     CapturedStep(model, batches(1)[0], loss=squared_error, max_grad_norm=0.5)
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+class Normalized(Model):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(N).requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def test_the_passes_before_the_capture_leave_no_trace_in_buffers(without_graphs):
+    model = Normalized()
+    twin, before = copy.deepcopy(model), copy.deepcopy(dict(model.named_buffers()))
+    step = CapturedStep(model, batches(1)[0], loss=squared_error, max_grad_norm=1.0)
+    torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
+    data = batches(3)
+    step(data)
+    expected(twin, data, 1.0)
+    assert model.norm.num_batches_tracked == 3
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_buffers_have_their_values_also_when_a_pass_fails():
+    buffer = torch.zeros(2)
+
+    def work():
+        buffer.add_(1)
+        raise RuntimeError("it waits for the device")
+
+    with pytest.raises(RuntimeError, match="it waits"):
+        captured_step.warm_up(work, [buffer])
+    assert not buffer.any()
 
 
 def test_a_batch_that_was_not_captured_is_named(without_graphs):
