@@ -1,4 +1,4 @@
-"""`save_pretrained` of an adapted transformers model: the adapter, where the base is not written.
+"""`save_pretrained` and `push_to_hub` of an adapted transformers model: the adapter, not the base.
 
 transformers would write W beside `lora_A`, `lora_B` and `lora_R` under names that
 `from_pretrained` reads back as the untrained base. Instead an adapted model writes
@@ -10,9 +10,13 @@ transformers would write W beside `lora_A`, `lora_B` and `lora_R` under names th
 With the second, `from_pretrained(folder)` gives the trained function where peft is installed, as
 for any adapter of peft; servers of LoRA read it, too. With the third, under the names they have in
 the model, transformers' `Trainer` resumes from its checkpoints and loads the best one.
+
+`push_to_hub` uploads the same files. transformers' own would replace the card of the adapter by one
+that says nothing of the base and the method.
 """
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ import torch
 from torch import nn
 
 from lorasb_kernels.io.layer_tensors import refuse_merged
+from lorasb_kernels.io.model_card import CARD_FILE
 from lorasb_kernels.io.peft_export import export_peft
 from lorasb_kernels.io.save import save_adapter
 from lorasb_kernels.io.tensors import saved_tensors
@@ -32,26 +37,28 @@ _MARK = "_saves_adapter_only"
 
 
 class _AdapterOnly:
-    """Marks a model whose `save_pretrained` writes its adapter.
+    """Marks a model whose `save_pretrained` and `push_to_hub` take its adapter.
 
-    The method of its class looks for the mark. A method of the instance would refer to the model
+    The methods of its class look for the mark. A method of the instance would refer to the model
     and keep its memory until the garbage collector runs. Copies and pickles keep the mark.
     """
 
     def __init__(self, owner: type):
         self.owner = owner
         if not hasattr(owner.save_pretrained, "looks_for_the_mark"):
-            owner.save_pretrained = _looking_for_the_mark(owner.save_pretrained)
+            owner.save_pretrained = _looking_for_the_mark(owner.save_pretrained, save_pretrained)
+            if hasattr(owner, "push_to_hub"):
+                owner.push_to_hub = _looking_for_the_mark(owner.push_to_hub, push_to_hub)
 
     def __reduce__(self) -> tuple:
         return _AdapterOnly, (self.owner,)
 
 
-def _looking_for_the_mark(original: Callable) -> Callable:
+def _looking_for_the_mark(original: Callable, ours: Callable) -> Callable:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **options: Any) -> Any:
         if _MARK in vars(self):
-            return save_pretrained(self, *args, **options)
+            return ours(self, *args, **options)
         return original(self, *args, **options)
 
     method.looks_for_the_mark = True
@@ -59,7 +66,7 @@ def _looking_for_the_mark(original: Callable) -> Callable:
 
 
 def save_adapter_only(model: nn.Module) -> None:
-    """Makes `model.save_pretrained` write the adapter, if the model has such a method."""
+    """Makes `save_pretrained` and `push_to_hub` take the adapter, if the model has them."""
     owners = [kind for kind in type(model).__mro__ if "save_pretrained" in vars(kind)]
     if owners:
         setattr(model, _MARK, _AdapterOnly(owners[0]))
@@ -118,4 +125,57 @@ def save_pretrained(
     write_tensors(directory / TRAINER_FILE, factors | saved, {"format": "pt"})
 
 
-__all__ = ["save_adapter_only", "save_pretrained", "save_whole_again"]
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload adapter",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+    max_shard_size: int | str | None = None,
+) -> Any:
+    """Uploads what `save_pretrained` writes; a card that the repository has already is kept.
+
+    Args:
+        model: an adapted transformers model.
+        repo_id: of the repository on the hub, created if missing.
+        commit_message, commit_description, private, token, revision, create_pr: as in
+            transformers' method of this name.
+        tags: added to the new card.
+        max_shard_size: ignored, as an adapter is one file.
+
+    Returns:
+        huggingface_hub's `CommitInfo`.
+
+    Raises:
+        ValueError: as `save_pretrained`; nothing is uploaded then.
+    """
+    from huggingface_hub import HfApi, ModelCard  # installed wherever transformers is
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        if tags:
+            card = ModelCard.load(Path(folder) / CARD_FILE)
+            card.data.tags = [*card.data.tags, *tags]
+            card.save(Path(folder) / CARD_FILE)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        has_card = api.file_exists(repo_id, CARD_FILE, revision=revision)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=[CARD_FILE] if has_card else None,
+        )
+
+
+__all__ = ["push_to_hub", "save_adapter_only", "save_pretrained", "save_whole_again"]

@@ -12,6 +12,7 @@ import torch
 from lorasb_kernels import LoRASBConfig, Subspace, adapt, load_adapter, save_adapter
 from lorasb_kernels.io.hub import local_folder
 from lorasb_kernels.targets import adapted_layers
+from tests.io.local_hub import local_hub
 from tests.models import batches, build
 
 LOAD = """
@@ -59,6 +60,63 @@ def test_repositories_in_the_cache_load_offline(tmp_path):
     assert printed == pytest.approx(expected, rel=1e-5), done.stderr
     message = "FileNotFoundError: 'someone/else' is no folder here, and the hub repository"
     assert message in done.stderr
+
+
+PUSH = """
+import torch
+from lorasb_kernels import LoRASBConfig, adapt
+from lorasb_kernels.targets import adapted_layers
+from tests.models import batches, build
+model = adapt(build("llama"), LoRASBConfig(r=4, init="orthogonal"), progress=False)
+torch.manual_seed(0)
+for layer in adapted_layers(model).values():
+    layer.lora_R.data.normal_(std=0.3)
+model.push_to_hub("someone/adapter", token="none", tags=["mine"])
+with torch.no_grad():
+    print(model(**batches("llama")[0]).logits.double().sum().item())
+"""
+
+PULL = """
+import torch
+from lorasb_kernels import load_adapter
+from tests.models import batches, build
+with torch.no_grad():
+    for model in (load_adapter(build("llama"), "someone/adapter"), build("llama")):
+        print(model(**batches("llama")[0]).logits.double().sum().item())
+"""
+
+
+def with_the_hub(script, hub, home):
+    """What a new process prints, whose hub is `hub`: the client reads its environment at import."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+    }
+    for name in ("HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(line) for line in done.stdout.splitlines()]
+
+
+def test_pushed_and_loaded_by_somebody_else(tmp_path):
+    with local_hub() as hub:
+        (pushed,) = with_the_hub(PUSH, hub, tmp_path / "mine")
+        files = hub.repositories["someone/adapter"]
+        loaded, plain = with_the_hub(PULL, hub, tmp_path / "theirs")
+        assert loaded == pytest.approx(pushed, rel=1e-5)
+        assert plain != pytest.approx(pushed, rel=1e-3)
+        assert {"adapter.safetensors", "lorasb_config.json", "subspace.safetensors"} <= set(files)
+        card = files["README.md"].decode()
+        assert "# orthogonal adapter of" in card
+        assert "- mine" in card
+        files["README.md"] = b"mine"
+        with_the_hub(PUSH, hub, tmp_path / "mine")
+        assert files["README.md"] == b"mine"
 
 
 def test_paths_never_reach_the_hub(tmp_path, monkeypatch):

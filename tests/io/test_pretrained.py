@@ -3,10 +3,7 @@
 import copy
 import gc
 import json
-import os
 import weakref
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.utils import PushToHubMixin
 
 from lorasb_kernels import LoRASBConfig, adapt, load_adapter, merge_and_unload
 from lorasb_kernels.targets import adapted_layers
@@ -182,22 +178,6 @@ def test_a_model_is_freed_at_once(bases):
         assert alive() is None
     finally:
         gc.enable()
-
-
-def test_the_adapter_is_what_goes_to_the_hub(bases, monkeypatch):
-    """All but the network is real."""
-    model, uploaded = trained(bases), []
-    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
-    card = SimpleNamespace(save=lambda path: Path(path).write_text(""))
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: api)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
-    monkeypatch.setattr(
-        PushToHubMixin,
-        "_upload_modified_files",
-        lambda self, folder, *_, **__: uploaded.extend(os.listdir(folder)),
-    )
-    model.push_to_hub("someone/adapter")
-    assert set(uploaded) == {*FILES, "README.md"}
 
 
 def test_what_cannot_be_meant_is_refused(bases, tmp_path):
