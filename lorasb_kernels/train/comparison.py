@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lorasb_kernels.profiling.memory_peak import peak_memory
@@ -239,18 +240,36 @@ class Comparison:
         return f"{note}\n\n{markdown_table(header, body)}\n"
 
     def summary(self, rows: list[dict]) -> Table:
-        """The table for a terminal."""
+        """The columns that fit a terminal of 80; the caption names the others, in table.md."""
         title = f"{self.task.title}, {len(self.seeds)} seeds, {self._test_rows()} test rows"
         header, body = self._cells(rows)
-        table = Table(title=title)
-        for name in header:
-            table.add_column(name, justify="left" if name == "method" else "right")
+        shown = ["method", self._score, "trainable", "learning rate", "final loss", "memory MB"]
+        others = ", ".join(name for name in header if name not in shown)
+        table = Table(
+            title=title,
+            caption=f"{self.folder / 'table.md'} also has: {others}",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for name in shown:
+            first = name == "method"  # a long name goes on in the next line; numbers stay whole
+            table.add_column(
+                name if name == self._score else name.replace(" ", "\n"),
+                justify="left" if first else "right",
+                no_wrap=not first,
+                overflow="fold",
+            )
         for line in body:
-            table.add_row(*line)
+            cells = dict(zip(header, line, strict=True))
+            table.add_row(*(cells[name] for name in shown))
         return table
 
+    @property
+    def _score(self) -> str:
+        return f"{self.task.metric} ± std"
+
     def _cells(self, rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-        header = ["method", "trainable", "learning rate", "final loss", f"{self.task.metric} ± std"]
+        header = ["method", "trainable", "learning rate", "final loss", self._score]
         header += ["median", "best"]
         several = len(self.task.test) > 1
         header += list(self.task.test) if several else []

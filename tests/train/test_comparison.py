@@ -1,9 +1,12 @@
 """`lorasb compare`: cells, tables, the reused learning rate, a task of the user's own."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from lorasb_kernels.cli.main import main
 from lorasb_kernels.profiling.memory_peak import peak_memory
@@ -145,6 +148,44 @@ def test_contenders_with_settings_of_their_own_on_several_sets(bert, tmp_path, c
         config.write_text(yaml.dump(settings | {"contenders": [entry]}))
         assert main([*arguments, "--output-dir", str(tmp_path / "none")]) == 2
         assert message in capsys.readouterr().err
+
+
+def shown_at(width, rows, tests):
+    """The lines of the terminal's table of `rows`."""
+    task = Task("headlines", {}, [], [], {name: range(1000) for name in tests})
+    console = Console(width=width, file=io.StringIO())
+    console.print(Comparison(task, Path("out/compare"), range(3)).summary(rows))
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("tests", [("test",), ("BoolQ", "PIQA", "a long name of a test set")])
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_table_is_whole_at_80_columns(suite, tests):
+    names = [contender.name for contender in SUITES[suite]]
+    row = {"trainable": 22_713_986, "learning_rate": 0.00016, "loss": 0.4321, "seconds": 100.0}
+    row |= {"init_seconds": 12.3, "steps_per_second": 12.34, "peak_bytes": 12_345e6}
+    row |= {"test": [0.8, 0.81, 0.85], "sets": {name: [0.8, 0.81, 0.85] for name in tests}}
+    lines = shown_at(80, [{"name": name, **row} for name in names], tests)
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "…" not in text
+    for name in names:
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        cells = line.replace(" ± ", "±").split()
+        assert cells == [name, "0.8200±0.0265", "22,713,986", "0.00016", "0.4321", "12345"]
+    caption = " ".join(text.split())
+    assert "also has: median, best," in caption
+    assert len(tests) == 1 or ", ".join(tests) in caption
+
+
+def test_a_long_name_goes_on_in_the_next_line():
+    name = "an-orthogonal-start-with-sixty-four-samples-r16"
+    row = {"trainable": 1, "learning_rate": 1.0, "loss": 1.0, "peak_bytes": None, "test": [0.5]}
+    row |= {"init_seconds": 1.0, "steps_per_second": 1.0, "sets": {"test": [0.5]}}
+    lines = shown_at(80, [{"name": name, **row}], ("test",))
+    assert max(map(len, lines)) <= 80
+    parts = [line[: line.find("  ")].strip() if "  " in line else line.strip() for line in lines]
+    assert name in "".join(parts)
 
 
 @pytest.mark.parametrize("suite", SUITES)
