@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.kernel_resources.expand_cases import EXPAND_KERNELS
+from bench.kernel_resources.experts_cases import EXPERTS_KERNELS
 from bench.kernel_resources.sass import disassemble
 from bench.kernel_resources.sign_cases import SIGN_KERNELS
 from lorasb_kernels.ops.triton.core_backward import gradient_kernel
@@ -236,6 +237,7 @@ KERNELS = {
     **EXPAND_KERNELS,
     "factor_gradient": (factor_gradient_kernel, _factor_gradients),
     **SIGN_KERNELS,
+    **EXPERTS_KERNELS,
 }
 
 

@@ -17,7 +17,10 @@ ELEMENTS = {"*": torch.bfloat16, "*fp32": torch.float32, "*i32": torch.int32, "*
 
 def main() -> None:
     backend = CUDABackend(GPUTarget("cuda", 86, 32))
-    for name in ("projection", "gradient", "factor_gradient", "expand", "sign_gradient"):
+    for name in (
+        *("projection", "gradient", "factor_gradient", "expand", "sign_gradient"),
+        *("experts_projection", "experts_expand", "experts_gradient"),
+    ):
         kernel, _ = KERNELS[name]
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         variant = next(variants("sm_86", "bfloat16", name))

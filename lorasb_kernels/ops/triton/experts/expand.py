@@ -45,7 +45,6 @@ def experts_expand_kernel(
     offsets_ptr,
     seed_ptr,
     M,
-    row_tiles,
     E,
     N,
     K,
@@ -80,6 +79,7 @@ def experts_expand_kernel(
     N, K, r = N * N_UNIT, K * K_UNIT, r * R_UNIT
     stride_xm, stride_wn, stride_wk = stride_xm * XM_UNIT, stride_wn * WN_UNIT, stride_wk * WK_UNIT
     stride_fn, stride_fr = stride_fn * FN_UNIT, stride_fr * FR_UNIT
+    row_tiles = M // BLOCK_M + E + 1  # of E + 1 segments, as `most_tiles`
     tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
     expert, start, end = segment_of_tile(offsets_ptr, tile, M, E, BLOCK_M, SEGMENTS)
     first_row = start + (tile - first_tile(start, expert, BLOCK_M)) * BLOCK_M
@@ -161,7 +161,7 @@ def experts_expand(x, weight, p, factor, bias, offsets, dropout, seed):
     }
     bias = None if bias is None else bias.contiguous()
     pointers = (x, weight, p, factor, bias, y, offsets, seed)
-    numbers = (M, row_tiles, E, *in_parts, weight.stride(0), of_expert)
+    numbers = (M, E, *in_parts, weight.stride(0), of_expert)
     drops = (1 / (1 - dropout), keep_threshold(dropout))
     blocks = row_tiles * triton.cdiv(N, tile.BLOCK_N)
     with launch_guard(x):
