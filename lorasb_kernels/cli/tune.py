@@ -3,7 +3,8 @@
 What `auto` otherwise does at the first use of a shape: for the forward product and the input
 gradient of each shape it times cuBLAS with an in-place expansion, the fused kernel and, on Hopper,
 the fused kernel with tensor maps, and keeps the times in this device's file in the cache folder
-($LORASB_CACHE, else ~/.cache/lorasb). Shapes that are in it already are skipped;
+($LORASB_CACHE, else ~/.cache/lorasb). Of a model without dropout, also the input gradient that
+layers on one input compute together (`share_inputs`). Shapes that are in it already are skipped;
 LORASB_TUNE=now measures them again. Needs a CUDA device.
 
     lorasb tune --model mistral-7b --r 96 --tokens 8192 2048
@@ -11,8 +12,13 @@ LORASB_TUNE=now measures them again. Needs a CUDA device.
 """
 
 import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from lorasb_kernels.train.errors import InputError
+
+if TYPE_CHECKING:
+    from lorasb_kernels.profiling.shapes import Layer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def siblings_of(layers: "Iterable[Layer]") -> "list[tuple[Layer, int]]":
+    """The first layer of each group on one input, and how many the group has.
+
+    Args:
+        layers: of a model, by name and shape.
+    """
+    from lorasb_kernels.nn.shared_input import SIBLINGS
+
+    found = []
+    for names in SIBLINGS:
+        by_input: dict[int, list[Layer]] = {}
+        for layer in layers:
+            if layer.name in names:
+                by_input.setdefault(layer.n, []).append(layer)
+        for group in by_input.values():
+            present = sorted({layer.name for layer in group}, key=names.index)
+            if len(present) > 1:
+                firsts = [layer for layer in group if layer.name == present[0]]
+                found += [(first, len(present)) for first in firsts]
+    return found
+
+
 def run(options: argparse.Namespace) -> int:
     """Measures and keeps."""
     import torch
@@ -50,9 +78,11 @@ def run(options: argparse.Namespace) -> int:
     from lorasb_kernels.profiling.prediction import model_kinds
 
     try:
-        sizes = options.layer
+        sizes, summed = options.layer, []
         if options.model:
             kinds = model_kinds(options.model)
+            if options.dropout == 0:  # with it, each sibling has a mask of its own
+                summed = siblings_of([kind.layer for kind in kinds])
             sizes = dict.fromkeys((kind.layer.m, kind.layer.n) for kind in kinds)
         layers = [
             LayerShape(tokens, m, n, options.r, options.dropout)
@@ -61,6 +91,11 @@ def run(options: argparse.Namespace) -> int:
         ]
         tune(
             layers,
+            siblings=[
+                LayerShape(tokens, first.m, first.n, count * options.r)
+                for first, count in summed
+                for tokens in options.tokens
+            ],
             dtype=getattr(torch, options.dtype),
             all_tiles=options.all_tiles,
             progress=print,

@@ -24,6 +24,7 @@ from lorasb_kernels.ops.triton.route_measuring import Timer, bursts, candidates,
 def tune(
     layers: Iterable[LayerShape],
     *,
+    siblings: Iterable[LayerShape] = (),
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
     all_tiles: bool = False,
@@ -35,6 +36,8 @@ def tune(
 
     Args:
         layers: the shapes.
+        siblings: of the first of several layers on one input, at the sum of their ranks: the input
+            gradient that they compute together. There is no forward product of that rank.
         dtype: of activations and weights.
         device: a CUDA device.
         all_tiles: time every tile that fits instead of the first few of each route.
@@ -66,26 +69,26 @@ def tune(
     anew = all_tiles or tuning_mode() == "now"
     new: dict[str, Measured] = {}
     without_memory: list[str] = []
-    for layer in layers:
-        for transposed in (False, True):
-            key = _key(layer, transposed, dtype)
-            if key in new or key in without_memory:
-                continue
-            if not anew and key in kept.read():
-                say(f"{key}: measured before")
-                continue
-            try:
-                found = _measured(layer, transposed, dtype, device, kept.arch, all_tiles, timer)
-            except torch.OutOfMemoryError:
-                without_memory.append(key)
-            else:
-                # Kept at once, so that an interrupted run has lost nothing.
-                new |= kept.add({key: found}, replace=anew)
-                times = {name: timed.microseconds for name, timed in new[key].routes.items()}
-                say(f"{key}: {min(times, key=times.get)}, microseconds {times}")
-                continue
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # what the product that failed has left
+    products = [(layer, transposed) for layer in layers for transposed in (False, True)]
+    for layer, transposed in [*products, *((layer, True) for layer in siblings)]:
+        key = _key(layer, transposed, dtype)
+        if key in new or key in without_memory:
+            continue
+        if not anew and key in kept.read():
+            say(f"{key}: measured before")
+            continue
+        try:
+            found = _measured(layer, transposed, dtype, device, kept.arch, all_tiles, timer)
+        except torch.OutOfMemoryError:
+            without_memory.append(key)
+        else:
+            # Kept at once, so that an interrupted run has lost nothing.
+            new |= kept.add({key: found}, replace=anew)
+            times = {name: timed.microseconds for name, timed in new[key].routes.items()}
+            say(f"{key}: {min(times, key=times.get)}, microseconds {times}")
+            continue
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the product that failed has left
     if without_memory:
         tried = len(new) + len(without_memory)
         (progress or say_once)(

@@ -5,8 +5,11 @@ import torch
 
 from lorasb_kernels.cli.main import main
 from lorasb_kernels.ops import tune
+from lorasb_kernels.ops.lorasb_linear import lorasb_group
+from lorasb_kernels.ops.triton import expand as expand_triton
 from lorasb_kernels.ops.triton import expand_route as route
 from lorasb_kernels.ops.triton import route_files
+from lorasb_kernels.ops.triton.route_decision import shape_of
 from lorasb_kernels.profiling.shapes import TINY
 from tests.ops.triton.routes import StubTimer, device_file
 
@@ -85,10 +88,41 @@ def test_tune_takes_all_shapes_of_a_model(hopper, capsys):
     assert main(["tune", "--model", "tiny", *LAYER[3:5], "--tokens", "16", *LAYER[-2:]]) == 0
     shapes = {(layer.m, layer.n) for layer in TINY.layers}
     assert len(shapes) == 4
-    assert len(hopper.read()) == 2 * len(shapes)
+    assert len(hopper.read()) == 2 * len(shapes) + 1, "dx of q, k and v together: r = 24"
     for m, n in shapes:
         assert any(f" N={m} K={n} " in key and "plain" in key for key in hopper.read())
         assert any(f" N={n} K={m} " in key and "transposed" in key for key in hopper.read())
+
+
+def test_tune_takes_what_siblings_on_one_input_ask_for(hopper, monkeypatch):
+    rank, tokens = 24, 16  # sums of 72 and 48, each of another class
+    sizes = ["--r", str(rank), "--tokens", str(tokens), "--dtype", "float32"]
+    assert main(["tune", "--model", "tiny", *sizes]) == 0
+    asked = []
+
+    def choose(x, weight, p, factor, bias, dropout, *others):
+        asked.append(shape_of(x, weight, p, dropout).key)
+        return choose_route(x, weight, p, factor, bias, dropout, *others)
+
+    choose_route = expand_triton.choose_route
+    monkeypatch.setattr(expand_triton, "choose_route", choose)
+    monkeypatch.setenv("LORASB_TUNE", "off")
+    for group in TINY.groups:
+        x = torch.randn(tokens, group[0].n, requires_grad=True)
+        weights = [torch.randn(layer.m, layer.n) for layer in group]
+        As = [torch.randn(rank, layer.n) for layer in group]
+        Rs = [torch.randn(rank, rank, requires_grad=True) for _ in group]
+        Bs = [torch.randn(layer.m, rank) for layer in group]
+        ys = lorasb_group(x, weights, As, Rs, Bs, [None] * len(group), backend="triton")
+        sum(y.sum() for y in ys).backward()
+    assert any("r<=96 " in key for key in asked), "q, k and v"
+    assert any("r<=64 " in key for key in asked), "gate and up"
+    assert set(asked) <= hopper.read().keys()
+
+
+def test_with_dropout_siblings_compute_for_themselves(hopper):
+    assert main(["tune", "--model", "tiny", *LAYER[3:5], "--tokens", "16", "--dropout", "0.1"]) == 0
+    assert len(hopper.read()) == 2 * len({(layer.m, layer.n) for layer in TINY.layers})
 
 
 @pytest.mark.parametrize(
