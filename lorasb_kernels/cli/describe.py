@@ -5,6 +5,7 @@ also counts the multiply-accumulates (MACs) and FLOPs of a forward pass over one
 model's configuration is read, no weights.
 
     lorasb describe <folder or hub id> --r 96
+    lorasb describe mistral-7b --r 96
     lorasb describe roberta-large --task classification --init lora --r 8 --seq 256 \
         --target-modules query value attention.output.dense output.dense
 """
@@ -18,7 +19,11 @@ from lorasb_kernels.train.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and an adapter or its settings."""
-    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument(
+        "model",
+        help="folder, hub id, llama-3.2-3b, mistral-7b, gemma-2-9b or roberta-large; the last is "
+        "the hub's with --task classification",
+    )
     parser.add_argument("--adapter", help="folder of a saved adapter")
     parser.add_argument("--r", type=int, default=16, help="rank (default 16)")
     parser.add_argument(
@@ -49,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     )
 
     from lorasb_kernels import LoRASBConfig, describe
+    from lorasb_kernels.profiling.shapes import PRESETS
+    from lorasb_kernels.profiling.skeleton import Skeleton
 
     targets = options.target_modules
     if options.seq is not None and options.seq < 1:
@@ -67,8 +74,12 @@ def run(options: argparse.Namespace) -> int:
             )
         classifier = options.task == "classification"
         kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = kind.from_config(AutoConfig.from_pretrained(options.model))
+        preset = None if classifier else PRESETS.get(options.model)
+        if preset is not None:
+            model = Skeleton(preset)
+        else:
+            with torch.device("meta"):
+                model = kind.from_config(AutoConfig.from_pretrained(options.model))
         description = describe(model, config)
     except (ValueError, TypeError, OSError) as error:
         raise InputError(str(error)) from error

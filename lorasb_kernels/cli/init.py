@@ -3,7 +3,7 @@ r"""Initialize the adapters of a run, or predict what that takes, without traini
 Takes the settings of `lorasb train`. The adapter is written to output_dir/adapter, from
 which `lorasb train` with the same settings starts; a table of the layers (init.json) and a plot of
 the captured energy (init.png) are written to output_dir. With --dry-run only the model's
-configuration, its tokenizer and the data are read, no weights.
+configuration, its tokenizer and the data are read, no weights; --gpu predicts for another device.
 
     lorasb init --preset arithmetic --model <folder or hub id> --data train.jsonl \
         --output-dir out/run --dry-run
@@ -15,7 +15,7 @@ from pathlib import Path
 from lorasb_kernels.cli import train
 from lorasb_kernels.config import INITS
 from lorasb_kernels.train.config import TrainConfig
-from lorasb_kernels.train.errors import ConfigError
+from lorasb_kernels.train.errors import ConfigError, setting_errors
 from lorasb_kernels.train.settings_file import load_file, resolve
 
 
@@ -23,10 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of a run, and --dry-run."""
     train.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="predict memory and time")
+    parser.add_argument(
+        "--gpu", help="with --dry-run: predict for a6000, a100, h100, h200, l40s, 4090 or 5090"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Initializes, or predicts, and prints a table."""
+    from lorasb_kernels.hardware.gpus import find_gpu
+
+    if options.gpu and not options.dry_run:
+        raise ConfigError(f"--gpu is {options.gpu!r} without --dry-run; expected both, to predict")
+    with setting_errors("--"):
+        gpu = find_gpu(options.gpu) if options.gpu else None
     flags = train.given_flags(options)
     config = resolve((load_file(options.config) if options.config else {}) | flags)
     taking_samples = [name for name, facts in INITS.items() if facts.needs_gradients]
@@ -35,16 +44,16 @@ def run(options: argparse.Namespace) -> int:
             f"method is {config.method!r}; expected one that takes samples: "
             f"{', '.join(taking_samples)}"
         )
-    print(predict(config) if options.dry_run else initialize(config))
+    print(predict(config, gpu) if options.dry_run else initialize(config))
     return 0
 
 
-def predict(config: TrainConfig) -> str:
-    """The prediction for the run that `config` describes, as a table."""
+def predict(config: TrainConfig, gpu=None) -> str:
+    """The prediction for the run that `config` describes, as a table; for this machine if `gpu`
+    is None."""
     import torch
 
-    from lorasb_kernels.init.estimation.memory import free_memory
-    from lorasb_kernels.init.predict import Rates, predict_init
+    from lorasb_kernels.init.predict import predict_init
     from lorasb_kernels.targets import find_targets
     from lorasb_kernels.train.methods import heads
     from lorasb_kernels.train.run import encode, read_training
@@ -61,7 +70,7 @@ def predict(config: TrainConfig) -> str:
     samples = sum(len(batch["input_ids"]) for batch in batches)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     saved = heads(model) if config.task == "classification" else ()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where, room, rates = _device(config) if gpu is None else _described(config, gpu)
     prediction = predict_init(
         model,
         find_targets(model, config.target_modules, saved),
@@ -69,13 +78,31 @@ def predict(config: TrainConfig) -> str:
         samples=samples,
         tokens=-(-tokens // samples),
         micro_batch=min(samples, config.init_batch_size or config.batch_size),
-        rates=Rates.measure(device, getattr(torch, config.dtype), config.r),
+        rates=rates,
         labelled_tokens=max(map(_labelled_columns, batches)),
     )
+    most = "at most " if measured else ""
+    return f"{prediction}\n{most}{samples} samples, {tokens} tokens; {where} with {room}"
+
+
+def _device(config: TrainConfig) -> tuple:
+    """This machine's device, its free memory in words, and its measured rates."""
+    import torch
+
+    from lorasb_kernels.init.estimation.memory import free_memory
+    from lorasb_kernels.init.predict import Rates
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = free_memory(device)
     room = "unknown memory" if free is None else f"{free / 1e9:.1f} GB free"
-    most = "at most " if measured else ""
-    return f"{prediction}\n{most}{samples} samples, {tokens} tokens; {device} with {room}"
+    return device, room, Rates.measure(device, getattr(torch, config.dtype), config.r)
+
+
+def _described(config: TrainConfig, gpu) -> tuple:
+    """The same of a known GPU: its whole memory, and published rates."""
+    from lorasb_kernels.init.predict import Rates
+
+    return gpu.device_name, f"{gpu.memory_gb:g} GB", Rates.of(gpu, config.dtype)
 
 
 def _labelled_columns(batch: dict) -> int:

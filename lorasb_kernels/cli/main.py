@@ -21,6 +21,7 @@ COMMANDS = {
     "explain": "show which backend, route and tiles a layer would run with",
     "tune": "measure the routes of the frozen product on this GPU and save them",
     "profile": "show what adapted layers cost on this GPU, or predict it for another",
+    "plan": "predict whether a model fits on a GPU, and the hours of an epoch",
     "merge": "merge an adapter into its base model and save a plain model",
     "version": "show the versions of the library and of its dependencies",
 }

@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from lorasb_kernels.profiling.measurement import measure
     from lorasb_kernels.profiling.model_tables import model_report
     from lorasb_kernels.profiling.prediction import (
+        check_rank,
         model_kinds,
         predict,
         prediction_errors,
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
                 "--device cpu to measure this CPU"
             )
         kinds = model_kinds(options.model)
+        check_rank((kind.layer for kind in kinds), options.rank)
         print(
             measure(
                 *(kinds, options.tokens, options.rank, dtype, device),

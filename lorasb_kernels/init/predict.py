@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorasb_kernels.hardware.gpus import Gpu
 from lorasb_kernels.init.estimation.blocks import find_blocks
 from lorasb_kernels.init.estimation.memory import accumulator_bytes
 from lorasb_kernels.init.sign_matrix import SignMatrix
-from lorasb_kernels.init.svd.truncated import truncated_svd
+from lorasb_kernels.init.svd.truncated import EXPECTED_PRODUCTS, truncated_svd
 from lorasb_kernels.linear_layers import is_linear, matrix_shape
 from lorasb_kernels.quantization import weight_dtype
 
@@ -45,6 +46,14 @@ class Rates:
         r = min(r, size // 2)
         svd = _seconds(lambda: truncated_svd(SignMatrix.from_dense(dense), r), device)
         return cls(flops=2 * size**3 / product, svd=svd / (size * size * r))
+
+    @classmethod
+    def of(cls, gpu: Gpu, dtype: str) -> "Rates":
+        """A GPU's published rates, for one that is not here: products with operands of `dtype`,
+        and the expected fp32 products of an SVD with A and Aᵀ, and one more, of r columns."""
+        sustained = gpu.rates.tensor / gpu.tensor_rate * gpu.rate(dtype)
+        products = 2 * EXPECTED_PRODUCTS + 1
+        return cls(flops=sustained, svd=2 * products / gpu.fp32_rate)
 
 
 @dataclass(frozen=True)

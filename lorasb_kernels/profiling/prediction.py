@@ -5,12 +5,13 @@ once. Real devices take longer, also for frozen layers; ratios are more accurate
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorasb_kernels.hardware.gpus import Gpu, find_gpu
+from lorasb_kernels.ops.limits import MAX_RANK
 from lorasb_kernels.profiling.costs import WAYS
 from lorasb_kernels.profiling.results import Results, Row
 from lorasb_kernels.profiling.roofline import Ceilings, datasheet_ceilings
@@ -71,8 +72,22 @@ def preset_of(model: str) -> Preset:
         groups.setdefault(siblings, []).append(kind.layer)
     config = AutoConfig.from_pretrained(model).get_text_config()
     return Preset(
-        model, tuple(map(tuple, groups.values())), config.num_hidden_layers, config.vocab_size
+        model,
+        tuple(map(tuple, groups.values())),
+        config.num_hidden_layers,
+        config.vocab_size,
+        tied=config.tie_word_embeddings,
     )
+
+
+def check_rank(layers: Iterable[Layer], r: int) -> None:
+    """Raises ValueError for a rank that no kernel takes or a layer does not allow."""
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"rank is {r}; expected 1 <= rank <= {MAX_RANK}")
+    for layer in layers:
+        limit = min(layer.n, layer.m)
+        if r > limit:
+            raise ValueError(f"rank is {r}; expected 1 <= rank <= {limit} for {layer.name}")
 
 
 def floor(layer: Layer, M: int, r: int, dtype: torch.dtype, ceilings: Ceilings, way: str) -> float:
@@ -92,12 +107,9 @@ def predict(kinds: Sequence[Kind], M: int, r: int, dtype: torch.dtype, gpu: Gpu)
         gpu: the GPU to predict for.
 
     Raises:
-        ValueError: r is larger than a layer allows.
+        ValueError: r is larger than a layer or the kernels allow.
     """
-    for kind in kinds:
-        limit = min(kind.layer.n, kind.layer.m)
-        if not 1 <= r <= limit:
-            raise ValueError(f"rank is {r}; expected 1 <= rank <= {limit} for {kind.layer.name}")
+    check_rank((kind.layer for kind in kinds), r)
     name = str(dtype).removeprefix("torch.")
     ceilings = datasheet_ceilings(gpu, name)
     ways = ("frozen", "fused", "two_call", "published")
@@ -177,4 +189,4 @@ def _measured_over_floor(row: Row, gpu: Gpu, way: str) -> float | None:
     return row.value * 1e-6 / least
 
 
-__all__ = ["Kind", "model_kinds", "predict", "prediction_errors", "preset_of"]
+__all__ = ["Kind", "check_rank", "model_kinds", "predict", "prediction_errors", "preset_of"]

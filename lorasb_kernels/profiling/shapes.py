@@ -22,6 +22,7 @@ class Preset:
         blocks: number of blocks.
         vocabulary: outputs of the head.
         bias: whether the layers have one.
+        tied: whether the head's weight is that of the embedding.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Preset:
     blocks: int
     vocabulary: int
     bias: bool = False
+    tied: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -63,10 +65,10 @@ def encoder(hidden: int, intermediate: int):
 PRESETS = {
     preset.key: preset
     for preset in (
-        Preset("llama-3.2-3b", gated(3072, 8192, 3072, 1024), 28, 128256),
+        Preset("llama-3.2-3b", gated(3072, 8192, 3072, 1024), 28, 128256, tied=True),
         Preset("mistral-7b", gated(4096, 14336, 4096, 1024), 32, 32000),
-        Preset("gemma-2-9b", gated(3584, 14336, 4096, 2048), 42, 256000),
-        Preset("roberta-large", encoder(1024, 4096), 24, 50265, bias=True),
+        Preset("gemma-2-9b", gated(3584, 14336, 4096, 2048), 42, 256000, tied=True),
+        Preset("roberta-large", encoder(1024, 4096), 24, 50265, bias=True, tied=True),
     )
 }
 # The names of layers that read the same input, in the families of models that are adapted.

@@ -89,3 +89,10 @@ def test_kinds_that_end_alike_are_told_apart():
     kinds = str(describe(build("t5"), LoRASBConfig(4, init="orthogonal")))
     assert "encoder.block.*" in kinds
     assert "decoder.block.*" in kinds
+
+
+def test_a_preset_needs_no_configuration(capsys):
+    assert main(["describe", "mistral-7b", "--r", "96"]) == 0
+    out = capsys.readouterr().out
+    assert f"{32 * 7 * 96 * 96:,} in adapters" in out
+    assert "7,241,465,856 parameters" in out

@@ -63,3 +63,19 @@ def test_dry_run_reads_no_weights_and_writes_nothing(
     assert "layerwise" in printed
     assert "8 samples" in printed
     assert not run.exists()
+    assert main(arguments(weights, data, run, "--task", task, "--dry-run", "--gpu", "4090")) == 0
+    again = capsys.readouterr().out
+    assert "8 samples" in again
+    assert again.rstrip().endswith("NVIDIA GeForce RTX 4090 with 24 GB")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu", "a6000"], "--gpu is 'a6000' without --dry-run; expected both"),
+        (["--gpu", "abacus", "--dry-run"], "gpu is 'abacus'; expected one of a6000"),
+    ],
+)
+def test_a_gpu_is_only_predicted_for(flags, message, llama, sums_file, tmp_path, capsys):
+    assert main(arguments(llama, sums_file, tmp_path / "run", *flags)) == 2
+    assert message in capsys.readouterr().err

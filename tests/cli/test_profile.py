@@ -46,7 +46,8 @@ def test_the_model_says_what_it_does_not_cover(capsys):
     ("flags", "message"),
     [
         (["--gpu", "abacus"], "gpu is 'abacus'; expected one of a6000"),
-        (["--gpu", "a6000", "--rank", "5000"], "rank is 5000; expected 1 <= rank <= 4096"),
+        (["--gpu", "a6000", "--rank", "600"], "rank is 600; expected 1 <= rank <= 512"),
+        (["--device", "cpu", "--rank", "600"], "rank is 600; expected 1 <= rank <= 512"),
         (["--gpu", "a6000", "--tokens", "0"], "tokens is 0; expected at least 1"),
         (["--gpu", "a6000", "--device", "cpu"], "expected one: predict or measure"),
     ],
