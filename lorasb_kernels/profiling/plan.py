@@ -1,5 +1,6 @@
 """Whether a model's initialization and training fit on a GPU, and how long they take, predicted."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,33 +104,13 @@ class Option:
 def init_memory(
     model: Preset, gpu: Gpu, precision: Precision, work: Work, batch: int
 ) -> InitMemory:
-    """PREDICTION: memory of LoRA-SB's initialization with `batch` rows in a micro-batch."""
-    return _init_memory(
-        model, gpu, precision, work.r, _predicted(model, gpu, precision, work, batch)
-    )
+    """PREDICTION: memory of LoRA-SB's initialization with `batch` rows in a micro-batch.
 
-
-def _predicted(
-    model: Preset, gpu: Gpu, precision: Precision, work: Work, batch: int
-) -> InitPrediction:
-    skeleton = Skeleton(model, getattr(torch, precision.dtype))
-    return predict_init(
-        skeleton,
-        find_targets(skeleton, "all-linear"),
-        r=work.r,
-        samples=work.samples,
-        tokens=work.length,
-        micro_batch=min(batch, work.samples),
-        rates=Rates.of(gpu, precision.dtype),
-    )
-
-
-def _init_memory(
-    model: Preset, gpu: Gpu, precision: Precision, r: int, predicted: InitPrediction
-) -> InitMemory:
-    """The strategy `auto` chooses: `resident` if its sums take at most half of what is free."""
+    By the strategy that `auto` chooses: `resident` if its sums take at most half of what is free.
+    """
     weights = weights_bytes(model, precision)
-    adapters = adapter_bytes(model, precision, r)
+    adapters = adapter_bytes(model, precision, work.r)
+    predicted = _predicted(model, gpu, precision, work, min(batch, work.samples))
     budget = max(0, usable(gpu) - weights) // 2
     found = []
     for one in predicted.strategies:
@@ -140,6 +121,27 @@ def _init_memory(
     resident, layerwise = found
     takes_all = resident.sums <= budget and resident.total <= usable(gpu)
     return resident if takes_all else layerwise
+
+
+@functools.lru_cache(maxsize=256)  # the search for the largest batch asks again
+def _predicted(
+    model: Preset, gpu: Gpu, precision: Precision, work: Work, micro_batch: int
+) -> InitPrediction:
+    skeleton = _skeleton(model, precision.dtype)
+    return predict_init(
+        skeleton,
+        find_targets(skeleton, "all-linear"),
+        r=work.r,
+        samples=work.samples,
+        tokens=work.length,
+        micro_batch=micro_batch,
+        rates=Rates.of(gpu, precision.dtype),
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _skeleton(model: Preset, dtype: str) -> Skeleton:
+    return Skeleton(model, getattr(torch, dtype))
 
 
 def usable(gpu: Gpu) -> int:

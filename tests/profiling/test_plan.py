@@ -192,12 +192,12 @@ def test_rates_are_those_of_the_gpu():
 
 
 def test_the_two_lines_that_matter_come_first_within_80_columns(capsys):
-    for model in PRESETS:
-        for gpu in GPUS:
-            assert main(["plan", "--model", model, "--gpu", gpu]) == 0
-            lines = capsys.readouterr().out.splitlines()
-            assert all(line.startswith("PREDICTION: ") for line in lines[:2])
-            assert max(map(len, lines)) <= 80, max(lines, key=len)
+    cases = [(model, "a6000", "96") for model in PRESETS] + [("tiny", gpu, "4") for gpu in GPUS]
+    for model, gpu, rank in cases:
+        assert main(["plan", "--model", model, "--gpu", gpu, "--rank", rank]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert all(line.startswith("PREDICTION: ") for line in lines[:2])
+        assert max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 def test_what_fits_is_said_with_speed_and_hours(capsys):
