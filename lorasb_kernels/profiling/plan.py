@@ -252,7 +252,7 @@ def _answer(model: Preset, gpu: Gpu, work: Work, found: Sequence[Option]) -> str
 
 
 def _summary(work: Work, found: Sequence[Option]) -> str:
-    header = ("", "fits", "training", "init", "batch", "tokens/s", "h/epoch")
+    header = ("", "fits", "train", "init", "batch", "tokens/s", "h/epoch")
     rows = [
         (
             one.name,
